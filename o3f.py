@@ -1,0 +1,1132 @@
+"""O3F in one file: pretrain a policy offline, then fine-tune it online by acting optimistically.
+
+Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Action Selection". The idea:
+
+    offline  repeat:  π, Q₁…Q_m ← Update(π, Q, batch of D)              any offline RL algorithm
+    online   repeat:  a   ~ π(·|s)
+                      c_i ~ N(a, σ²I),  i = 1…N                                   # new in O3F
+                      a_t = argmax_i  mean_j Q_j(s, c_i) + ω·std_j Q_j(s, c_i)    # new in O3F
+                      s', r, d ← environment(a_t);   D ← D ∪ {(s, a_t, r, s', d)}
+                      π, Q₁…Q_m ← Update(π, Q, batch of D)              the very same Update
+
+An offline objective keeps the policy near its data, so by itself it tries nothing new; an objective that
+is changed at the switch shakes what was learned. O3F changes only which action is tried.
+
+Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is none: there we bootstrap)
+           π policy   Q_j critic j of m   Q̂_j its slow copy   V state value   γ discount   κ expectile
+           β inverse temperature   N, σ, ω candidates, their std, weight of the critics' std
+
+Examples:  python o3f.py                                         halfcheetah-random-v2, collected on the spot
+           python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
+           python o3f.py --help                                  every flag, its unit and the paper's value
+
+Reading order: 1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 base algorithms, 6 replay buffer,
+7 environments, 8 data, 9 evaluation, 10 files, 11 both phases. A lecture can stop after 5.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, Optional
+
+import gymnasium as gym
+import h5py
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+
+# ==== 1. Flags ==============================================================================================
+@dataclass
+class Args:
+    """A default of None is the paper's value for the task family and base, from PRESETS."""
+
+    # -- run --
+    env_id: str = "halfcheetah-random-v2"
+    """task: a D4RL name (halfcheetah-medium-v2, kitchen-mixed-v0) or a gymnasium id with Box spaces"""
+    base: Literal["iql"] = "iql"
+    """offline algorithm that is fine-tuned; the paper uses IQL and LAPO"""
+    seed: int = 0
+    """seeds four independent streams: learning, exploration, training environment, evaluation"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where networks and replay buffer live; auto: cuda, else mps, else cpu"""
+    run_dir: str = ""
+    """folder for the outputs, new or empty; default runs/<task>-<base>-<explore>-s<seed>-<time>-<pid>"""
+    save: bool = True
+    """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
+    load: str = ""
+    """start from this saved agent and skip the offline phase, so that variants share one pretraining"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
+
+    # -- task and data --
+    dataset: str = ""
+    """empty: the task's own file (cached, downloaded, or, *-random-v2, collected); random: collect uniform
+    actions; else the path of an HDF5 file in D4RL's layout"""
+    dataset_size: int = 1_000_000
+    """transitions, where data is collected (D4RL 1M); more = slower start, wider coverage"""
+    kitchen_rewards: Literal["consistent", "stock"] = "consistent"
+    """consistent: train on satisfied sub-tasks - 4, offline and online; stock: the file's rewards, then the
+    environment's, which are two different functions. Scores are always the environment's"""
+    reward_transform: Optional[Literal["none", "return_range", "minus_one"]] = None
+    """return_range: train on r * 1000 / (max - min episode return) (IQL, locomotion); minus_one: on r - 1
+    (IQL, antmaze). The dataset's constants, online too"""
+
+    # -- both phases --
+    offline_steps: int = 1_000_000
+    """updates before the first environment step (papers 1M), logged as negative steps"""
+    online_steps: int = 250_000
+    """environment steps of fine-tuning; ours: hours, and a fifth of the buffer beside 1M rows (IQL 1M)"""
+    batch_size: Optional[int] = None
+    """transitions per update (IQL 256); more = less noise, slower"""
+    learning_rate: Optional[float] = None
+    """Adam's step size, every network, both phases (IQL 3e-4); more = faster, less stable"""
+    gamma: float = 0.99
+    """discount per step (papers 0.99); more = looks further ahead, converges later"""
+    tau: float = 0.005
+    """Polyak rate of the target critics per update (papers 0.005); more = faster targets, less stable"""
+    num_critics: int = 5
+    """m, critics in the ensemble (paper 5); more = a lower minimum, a steadier mean, slower"""
+    hidden_dim: int = 256
+    """units per hidden layer (papers 256); more = larger capacity, slower"""
+
+    # -- online --
+    explore: Literal["o3f", "noise", "policy"] = "o3f"
+    """o3f: best of N around a; the paper's baselines: noise, a + N(0, sigma^2), and policy, a itself"""
+    num_candidates: int = 100  # new in O3F
+    """N, candidates per step (paper 100); more = greedier towards the critics"""
+    sigma: Optional[float] = None  # new in O3F
+    """std of candidates or noise in the +-1 action box (locomotion 0.2, kitchen 0.05); more = bolder"""
+    omega: float = 0.0  # new in O3F
+    """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
+    proposal: Optional[Literal["sample", "mean"]] = None
+    """a, the centre of the candidates: a sample of the policy (IQL) or its deterministic action"""
+    rank_critics: Literal["online", "target"] = "online"
+    """critics that score the candidates (paper silent); target = steadier, later to react"""
+    clip_candidates: bool = True
+    """clip candidates to +-1 before they are scored and stored (paper silent)"""
+    utd: Optional[int] = None
+    """updates per environment step (IQL 1); more = more learned per step, slower, less stable"""
+    reset_optimizer: bool = False
+    """forget Adam's moments at the switch to online (paper silent; ours: they carry over)"""
+    buffer_size: Optional[int] = None
+    """rows, dataset included; when full the oldest online row goes. Default: all are kept (paper)"""
+    offline_ratio: Optional[float] = None
+    """ours, not the paper's: share (0 to 1) of dataset rows in online batches; default: uniform over all rows
+    (paper). More = holds on to the data, learns less from new steps"""
+
+    # -- IQL --
+    expectile: Optional[float] = None
+    """kappa of IQL Eq. 5 (0.7); more = V nearer to the data's best action, more over-estimation"""
+    beta: Optional[float] = None
+    """inverse temperature of IQL Eq. 7 (locomotion 3, kitchen 0.5); 0 = clone, more = only what beat V"""
+    exp_adv_max: float = 100.0
+    """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
+    actor_dropout: Optional[float] = None
+    """dropout rate of the actor in updates, never when acting (kitchen 0.1, else 0); more = smoother"""
+
+    # -- evaluation and output --
+    eval_every: int = 10_000
+    """steps between evaluations, both phases; more = faster, coarser curve"""
+    eval_episodes: int = 10
+    """episodes per evaluation, side by side; more = less noise, slower"""
+    eval_action: Literal["policy", "optimistic"] = "policy"
+    """evaluate the policy's deterministic action (paper silent) or the optimistic one around it"""
+    log_every: int = 1000
+    """steps between rows of metrics.csv, each the mean since the last; more = shorter files"""
+
+
+# The papers' values by base, base/family and family; a flag that is given wins. "other", any environment
+# outside D4RL, gets what suits dense rewards. Kitchen rewards are of order 1 as they are.
+DENSE = dict(expectile=0.7, beta=3.0, actor_dropout=0.0, reward_transform="return_range")
+PRESETS = {
+    "iql": dict(batch_size=256, learning_rate=3e-4, utd=1, proposal="sample"),
+    "iql/locomotion": DENSE,
+    "iql/kitchen": dict(expectile=0.7, beta=0.5, actor_dropout=0.1, reward_transform="none"),
+    "iql/other": DENSE,
+    "locomotion": dict(sigma=0.2),
+    "kitchen": dict(sigma=0.05),
+    "other": dict(sigma=0.2),
+}
+INF = float("inf")
+RANGES = {  # what each number has to hold, and how an error says so
+    "at least 1": (lambda v: 1 <= v < INF, "num_candidates num_critics batch_size hidden_dim utd eval_every "
+                                           "eval_episodes log_every dataset_size"),
+    "at least 0": (lambda v: 0 <= v < INF, "seed sigma beta offline_steps online_steps"),
+    "above 0": (lambda v: 0 < v < INF, "learning_rate exp_adv_max"),
+    "finite": (lambda v: -INF < v < INF, "omega"),
+    "in [0, 1)": (lambda v: 0 <= v < 1, "gamma actor_dropout"),
+    "in (0, 1)": (lambda v: 0 < v < 1, "expectile tau"),
+    "in [0, 1]": (lambda v: v is None or 0 <= v <= 1, "offline_ratio"),
+}
+
+
+class UserError(Exception):
+    """Something that the user can put right: printed as one line, exit code 2."""
+
+
+def resolve(args: Args, family: str) -> Args:
+    """Fill None from PRESETS and check RANGES. Raises: UserError naming flag, value and what is expected."""
+    for key in (args.base, f"{args.base}/{family}", family):
+        args = replace(args, **{name: v for name, v in PRESETS[key].items() if getattr(args, name) is None})
+    for expected, (holds, names) in RANGES.items():
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {expected}")
+    return args
+
+
+# ==== 2. Networks ===========================================================================================
+class EnsembleLinear(nn.Module):
+    """m independent linear layers in one batched product, (m, B, in) -> (m, B, out).
+
+    They share neither weights nor gradients; one large product is just faster than m small ones.
+    """
+
+    def __init__(self, m: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(m, 1, out_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) -> nn.Sequential:
+    """linear-ReLU-dropout per hidden size, then linear. IQL's init: orthogonal, gain √2, zero bias."""
+    layers = []
+    for in_dim, out_dim in zip(sizes, sizes[1:]):
+        layers += [linear(in_dim, out_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        nn.init.zeros_(layers[-3].bias)
+        # The last layer has gain √2 too. One draw per member: different starts make the critics disagree.
+        for weight in layers[-3].weight.view(-1, *layers[-3].weight.shape[-2:]):
+            nn.init.orthogonal_(weight, gain=2**0.5)
+    return nn.Sequential(*layers[:-2])
+
+
+class Critics(nn.Module):
+    """The ensemble Q_1 ... Q_m: obs (B, O), actions (B, A) -> (m, B)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden_dim: int):
+        super().__init__()
+        self.m = m
+        self.net = mlp([obs_dim + act_dim, hidden_dim, hidden_dim, 1], functools.partial(EnsembleLinear, m))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(self.m, -1, -1)  # (m, B, O + A), a view: no copies
+        return self.net(x).squeeze(-1)  # (m, B)
+
+
+class GaussianActor(nn.Module):
+    """π(a|s) = N(tanh(MLP(s)), diag(std²)): one learned log-std per action dimension, equal in all states.
+
+    Only the mean is squashed: a sample may leave the ±1 box, and is clipped where it is drawn.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.net = mlp([obs_dim, hidden_dim, hidden_dim, act_dim], dropout=dropout)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)  # (B, A), (A,)
+
+
+# ==== 3. Losses: pure functions of tensors ==================================================================
+def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
+    """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V."""
+    # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
+    # the mean of Q over the data's actions, near the best of them, and needs no action outside.
+    return ((expectile - (u < 0).to(u.dtype)).abs() * u**2).mean()
+
+
+def td_target(rewards: torch.Tensor, ends: torch.Tensor, next_v: torch.Tensor, gamma: float) -> torch.Tensor:
+    """IQL Eq. 6: y = r + γ(1 − d)·V(s'); all (B,)."""
+    return rewards + gamma * (1.0 - ends) * next_v
+
+
+def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """IQL Eq. 6 for m critics: Σ_j mean (Q_j − y)²; q (m, B), target (B,)."""
+    # The sum over j, not the mean, gives each critic the gradient that it would have alone.
+    return ((q - target) ** 2).mean(1).sum()
+
+
+def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
+    """IQL Eq. 7: min(exp(β·(Q − V)), limit), (B,). β = 0 gives 1 everywhere: plain cloning."""
+    return torch.exp(beta * adv).clamp(max=exp_adv_max)
+
+
+def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """θ̂ ← (1 − τ)·θ̂ + τ·θ for every parameter, in place."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# ==== 4. The optimistic action ==============================================================================
+@torch.no_grad()
+def optimistic_action(  # new in O3F: this function is all that the paper adds to its base algorithm
+    obs: torch.Tensor, action: torch.Tensor, q_ensemble: Callable, num_candidates: int, sigma: float,
+    omega: float, clip: bool = True, generator: Optional[torch.Generator] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of N candidates around the policy's action, the one that the critics like best (Algorithm 1, Eq. 2).
+
+    obs (B, O); action (B, A) in the ±1 box; q_ensemble: (B·N, O), (B·N, A) -> (m, B·N), any.
+    Returns the chosen action (B, A), the first of equals, and its optimism (B,): how far its mean Q lies
+    above the average candidate's.
+    """
+    (B, A), N = action.shape, num_candidates
+    noise = torch.randn(B, N, A, dtype=action.dtype, device=action.device, generator=generator)
+    candidates = action[:, None] + sigma * noise  # new in O3F: c_i ~ N(a, σ²I), (B, N, A)
+    if clip:
+        candidates = candidates.clamp(-1.0, 1.0)  # score what will be executed, not what would be cut off
+    q = q_ensemble(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))  # (m, B, N)
+    q_mean = q.mean(0)
+    score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2; this std divides by m, not m − 1
+    best = score.argmax(1, keepdim=True)  # new in O3F: a_t; (B, 1), and it stays on the device
+    chosen = candidates.gather(1, best[..., None].expand(B, 1, A)).squeeze(1)
+    return chosen, q_mean.gather(1, best).squeeze(1) - q_mean.mean(1)
+
+
+# ==== 5. Base algorithms ====================================================================================
+class Batch(NamedTuple):
+    """B transitions, float32, on the agent's device."""
+
+    observations: torch.Tensor  # (B, O)
+    actions: torch.Tensor  # (B, A), in the ±1 box
+    rewards: torch.Tensor  # (B,), as the agent is to see them
+    next_observations: torch.Tensor  # (B, O)
+    terminations: torch.Tensor  # (B,), 1 at a true end
+
+
+class IQL(nn.Module):
+    """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
+
+    A base is METRICS, make_optimizers, update, policy, q_values: the rest of the file knows no more of it.
+    """
+
+    METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, args.hidden_dim)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.vf = mlp([obs_dim, args.hidden_dim, args.hidden_dim, 1])
+        self.actor = GaussianActor(obs_dim, act_dim, args.hidden_dim, args.actor_dropout).eval()
+
+    def make_optimizers(self) -> None:
+        """One Adam per network; to be called on the final device."""
+        self.optimizers = {name: torch.optim.Adam(getattr(self, name).parameters(), self.args.learning_rate,
+                                                  fused=True) for name in ("vf", "actor", "qf")}
+
+    def update(self, batch: Batch) -> torch.Tensor:
+        """One gradient step on every network in the authors' order V, actor, Q, targets; METRICS' values."""
+        obs, actions, rewards, next_obs, ends = batch
+        args, opt = self.args, self.optimizers
+
+        # V: expectile of min_j Q̂_j(s, a) over the data's actions (IQL Eq. 5). IQL takes the minimum of its
+        # two target critics; which of the five, the paper does not say. Ours: the minimum of all.
+        with torch.no_grad():
+            target_q = self.qf_target(obs, actions).amin(0)  # (B,)
+        vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), args.expectile)
+        opt["vf"].zero_grad()
+        vf_loss.backward()
+        opt["vf"].step()
+
+        # From here on the *new* V: at s for the actor, at s' for the critics.
+        with torch.no_grad():
+            v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,), (B,)
+            adv = target_q - v
+            weight = advantage_weights(adv, args.beta, args.exp_adv_max)
+            target = td_target(rewards, ends, next_v, args.gamma)
+
+        # Actor: −min(exp(β·adv), limit)·log π(a|s), imitation that favours what beat V (IQL Eq. 7).
+        self.actor.train()  # dropout is on here and nowhere else
+        mean, log_std = self.actor(obs)
+        self.actor.eval()
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks wait for the GPU
+        actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
+        # Critics: every one regresses on the same r + γ(1 − d)·V(s') (IQL Eq. 6).
+        q = self.qf(obs, actions)  # (m, B)
+        qf_loss = ensemble_mse(q, target)
+        # The two losses share no parameter: one backward pass gives each network its own gradient.
+        opt["actor"].zero_grad()
+        opt["qf"].zero_grad()
+        (actor_loss + qf_loss).backward()
+        opt["actor"].step()
+        opt["qf"].step()
+        polyak_(self.qf_target, self.qf, args.tau)
+        with torch.no_grad():
+            q_std = q.std(0, correction=0).mean()
+            return torch.stack([vf_loss, qf_loss / len(q), actor_loss, q.mean(), q_std, v.mean(), adv.mean(),
+                                weight.mean(), log_std.exp().mean()])
+
+    @torch.no_grad()
+    def policy(self, obs: torch.Tensor, sample: bool, generator: Optional[torch.Generator] = None):
+        """A sample of π, or its mean, clipped to ±1: (B, O) -> (B, A)."""
+        action, log_std = self.actor(obs)
+        if sample:
+            noise = torch.randn(action.shape, device=obs.device, generator=generator)
+            action = action + log_std.exp() * noise
+        return action.clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def q_values(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
+        """All critics, or their slow copies: (B, O), (B, A) -> (m, B)."""
+        return (self.qf_target if target else self.qf)(obs, actions)
+
+
+AGENTS = {"iql": IQL}
+
+
+def explore_action(agent: IQL, obs: torch.Tensor, args: Args, generator: Optional[torch.Generator] = None):
+    """The action to execute in fine-tuning, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
+    action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
+    if args.explore == "o3f":
+        q_ensemble = functools.partial(agent.q_values, target=args.rank_critics == "target")
+        return optimistic_action(obs, action, q_ensemble, args.num_candidates, args.sigma,  # new in O3F
+                                 args.omega, args.clip_candidates, generator)
+    if args.explore == "noise":  # the paper's baseline: the same spread without a direction
+        noise = torch.randn(action.shape, device=obs.device, generator=generator)
+        action = (action + args.sigma * noise).clamp(-1.0, 1.0)
+    return action, torch.zeros_like(action[:, 0])
+
+
+# ==== 6. Replay buffer ======================================================================================
+class ReplayBuffer:
+    """The dataset, then the online transitions, on the agent's device.
+
+    One (capacity, 2·O + A + 2) float32 tensor: a batch is one gather, a new transition one copy of a row.
+    Dataset rows stay for ever; when the buffer is full, the oldest online row is overwritten.
+    """
+
+    def __init__(self, data: dict[str, np.ndarray], capacity: int, device: torch.device):
+        self.capacity, self.num_offline = capacity, len(data["rewards"])
+        self.size = self.cursor = self.num_offline
+        self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]  # O, A, 1, O, 1
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        for column, name in zip(self.rows.split(self.widths, 1), Batch._fields):
+            column[: self.size] = torch.from_numpy(data[name].reshape(self.size, -1))
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, end: bool):
+        """Append one transition, its reward already as the agent is to see it."""
+        if self.cursor == self.capacity:
+            self.cursor = self.num_offline
+        row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
+        self.rows[self.cursor].copy_(torch.from_numpy(row))
+        self.cursor += 1
+        self.size = max(self.size, self.cursor)
+
+    def sample(self, batch_size: int, offline_ratio: Optional[float] = None) -> Batch:
+        """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
+        device = self.rows.device
+        index = torch.randint(self.size, (batch_size,), device=device)
+        if offline_ratio is not None and self.size > self.num_offline:
+            n = round(offline_ratio * batch_size)
+            index[:n] = torch.randint(self.num_offline, (n,), device=device)
+            index[n:] = torch.randint(self.num_offline, self.size, (batch_size - n,), device=device)
+        obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, 1)
+        return Batch(obs, actions, rewards.squeeze(1), next_obs, ends.squeeze(1))
+
+
+# ==== 7. Tasks and environments =============================================================================
+@dataclass(frozen=True)
+class Task:
+    """What a name like kitchen-mixed-v0 stands for."""
+
+    family: str  # locomotion, kitchen or other
+    gym_id: str = ""  # for gymnasium.make; empty where the environment is this file's own
+    low: float = 0.0  # returns that score 0 and 100 (d4rl's infos.py); as they are, score = return
+    high: float = 100.0
+    targets: tuple[str, ...] = ()  # the kitchen's sub-tasks
+
+    def score(self, returns):
+        """D4RL's normalised score of undiscounted returns of raw rewards."""
+        return 100.0 * (returns - self.low) / (self.high - self.low)
+
+
+ROBOTS = {  # -v4, not -v5: v5 changed Walker2d's foot friction and the healthy reward of Hopper and Walker2d
+    "halfcheetah": Task("locomotion", "HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
+    "walker2d": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3)}
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+TASKS = {f"{robot}-{level}-v{v}": ROBOTS[robot] for v in (2, 1, 0) for robot in ROBOTS for level in LEVELS}
+KITCHEN = Task("kitchen", "", 0.0, 4.0, ("microwave", "kettle", "light switch", "slide cabinet"))
+MIXED = replace(KITCHEN, targets=("microwave", "kettle", "bottom burner", "light switch"))
+TASKS |= {"kitchen-complete-v0": KITCHEN, "kitchen-partial-v0": KITCHEN, "kitchen-mixed-v0": MIXED}
+
+
+def get_task(env_id: str) -> Task:
+    """Raises: UserError with the nearest name and the list."""
+    if env_id in TASKS or env_id in gym.registry:
+        return TASKS.get(env_id) or Task("other", env_id)
+    near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=1, cutoff=0)[0]
+    raise UserError(f"--env-id {env_id}: unknown task; did you mean {near}? Known are {{{','.join(ROBOTS)}}}-"
+                    f"{{{','.join(LEVELS)}}}-v2, kitchen-{{complete,partial,mixed}}-v0, and gymnasium's ids")
+
+
+def d4rl_dir() -> Path:
+    """The installed d4rl as a folder of files: to import it takes the MuJoCo binaries of 2021."""
+    spec = importlib.util.find_spec("d4rl")
+    if spec is None:
+        raise UserError("package d4rl (models, table of files) is missing: pip install --no-deps d4rl==1.1")
+    return Path(spec.submodule_search_locations[0])
+
+
+def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.Env:
+    """A task's environment with its time limit and actions in the ±1 box; kwargs go to its constructor.
+
+    The kitchen takes noise_ratio (0.1; 0 switches the observation noise off).
+    Raises: UserError where gymnasium cannot make it, or its spaces are no flat Box and bounded flat Box.
+    """
+    task = get_task(env_id)
+    if task.family == "kitchen":
+        return gym.wrappers.TimeLimit(KitchenEnv(task.targets, render_mode=render_mode, **kwargs), 280)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
+            env = gym.make(task.gym_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+    except Exception as e:  # an optional package is missing, mostly; gymnasium says which
+        raise UserError(f"--env-id {env_id}: gymnasium cannot make it: {str(e).splitlines()[0]}") from e
+    spaces = env.observation_space, env.action_space
+    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not flat or not np.isfinite([spaces[1].low, spaces[1].high]).all():
+        raise UserError(f"--env-id {env_id}: needs a flat Box of observations and a bounded flat Box of "
+                        f"actions, found {spaces[0]} and {spaces[1]}")
+    if (spaces[1].low != -1).any() or (spaces[1].high != 1).any():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
+
+
+# Kitchen: where in the observation a sub-task's object is, and where it must be (d4rl's kitchen_envs.py).
+KITCHEN_GOALS = {
+    "bottom burner": ([11, 12], [-0.88, -0.01]), "top burner": ([15, 16], [-0.92, -0.01]),
+    "light switch": ([17, 18], [-0.69, -0.05]), "slide cabinet": ([19], [0.37]),
+    "hinge cabinet": ([20, 21], [0.0, 1.45]), "microwave": ([22], [-0.75]),
+    "kettle": ([23, 24, 25, 26, 27, 28, 29], [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06]),
+}
+
+
+def kitchen_done(obs: np.ndarray, sub_task: str) -> np.ndarray:
+    """Whether the sub-task's object is within 0.3 (L2) of its goal: obs (..., >= 30) -> bool (...)."""
+    index, goal = KITCHEN_GOALS[sub_task]
+    return np.linalg.norm(obs[..., index] - np.array(goal), axis=-1) < 0.3
+
+
+def kitchen_satisfied(obs: np.ndarray, targets: tuple[str, ...]) -> np.ndarray:
+    """How many of the targets are satisfied right now: obs (..., >= 30) -> int (...)."""
+    return sum(kitchen_done(obs, target).astype(int) for target in targets)
+
+
+@functools.lru_cache(1)
+def kitchen_model() -> mujoco.MjModel:
+    """d4rl's kitchen, compiled once (1.3 s) and shared by all environments: stepping only reads it."""
+    scene = d4rl_dir() / "kitchen/adept_envs/franka/assets/franka_kitchen_jntpos_act_ab.xml"
+    kettle = "../../../adept_models/kitchen/assets/kettle_asset.xml"
+    # MuJoCo since 3.2 rejects the kettle's named default class at the top level: hand it a file, in memory,
+    # in which the class has an unnamed parent. The compiled model is the same.
+    text = (scene.parent / kettle).read_text().replace("</mujocoinclude>", "</default></mujocoinclude>")
+    text = text.replace('<default class="kettle">', '<default><default class="kettle">')
+    return mujoco.MjModel.from_xml_path(str(scene), {kettle: text.encode()})
+
+
+class KitchenEnv(gym.Env):
+    """D4RL's Franka kitchen (its kitchen_multitask_v0.py and kitchen_envs.py) on current MuJoCo.
+
+    obs (60,): 9 robot joints, 21 object joints, 30 goal entries; rad and m, no velocities.
+    action (9,): ±1 is ±2 rad/s (fingers m/s), held for 0.08 s.
+    reward: 1 for each target sub-task, the first time it is satisfied; terminated once all have been.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
+    INIT_QPOS = np.array([
+        0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394, 0.0479267505,
+        0.0371350919, -2.6627985e-4, -5.18043486e-5, 3.1287722e-5, -4.51199853e-5, -3.90842156e-6,
+        -4.22629655e-5, 6.28065475e-5, 4.04984708e-5, 4.62730939e-4, -2.26906415e-4, -4.65501369e-4,
+        -0.00644129196, -0.00177048263, 0.00108009684, -0.26939744, 0.350383255, 1.61944683, 1.00618764,
+        0.0040639512, -0.00662095997, -2.68278933e-4])
+
+    def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, render_mode: Optional[str] = None):
+        self.targets, self.noise_ratio, self.render_mode = targets, noise_ratio, render_mode
+        self.renderer = None
+        self.model = kitchen_model()
+        self.data = mujoco.MjData(self.model)
+        config = d4rl_dir() / "kitchen/adept_envs/franka/robot/franka_config.xml"
+        joints = ElementTree.parse(config).getroot()[:30]
+        self.low, self.high = np.array([joint.get("pos_bound").split() for joint in joints], float).T
+        self.noise_amp = np.array([joint.get("pos_noise_amp") for joint in joints], float)
+        self.goal = np.zeros(30)
+        for index, goal in (KITCHEN_GOALS[target] for target in targets):
+            self.goal[index] = goal
+        self.observation_space = gym.spaces.Box(-8.0, 8.0, (60,), np.float64)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (9,), np.float32)
+
+    def _observe(self) -> np.ndarray:
+        noise = self.np_random.uniform(-1.0, 1.0, 30)  # drawn anew at every look, uniform as in D4RL
+        self.seen = self.data.qpos + self.noise_ratio * self.noise_amp * noise
+        return np.concatenate([self.seen, self.goal])
+
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = self.INIT_QPOS  # as it is: D4RL does not clip it to the joint bounds
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # the kettle's; MuJoCo 2 did so by itself
+        mujoco.mj_forward(self.model, self.data)
+        self.remaining = set(self.targets)
+        return self._observe(), {"completed": []}
+
+    def step(self, action: np.ndarray):
+        # The arm steers from its joints as it last *saw* them, noise included: D4RL's rule.
+        ctrl = self.seen[:9] + 2.0 * np.clip(action, -1.0, 1.0) * 0.08
+        self.data.ctrl[:] = ctrl.clip(self.low[:9], self.high[:9])
+        mujoco.mj_step(self.model, self.data, 40)  # 40 steps of 2 ms
+        obs = self._observe()
+        completed = sorted(target for target in self.remaining if kitchen_done(obs, target))
+        self.remaining -= set(completed)
+        return obs, float(len(completed)), not self.remaining, False, {"completed": completed}
+
+    def render(self) -> np.ndarray:
+        """(480, 640, 3) uint8. Without a screen, set the environment variable MUJOCO_GL=egl or osmesa."""
+        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (-0.2, 0.5, 2.0), 2.2, 70, -35
+        self.renderer.update_scene(self.data, camera)
+        return self.renderer.render()
+
+    def close(self) -> None:
+        if self.renderer:
+            self.renderer.close()
+            self.renderer = None
+
+
+# ==== 8. Data ===============================================================================================
+# (bytes, sha256) where they have been reported: another file under such a name is refused.
+KNOWN_FILES = {
+    "kitchen_microwave_kettle_bottomburner_light-v0.hdf5":
+        (19_560_760, "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b"),
+    "kitchen_microwave_kettle_light_slider-v0.hdf5":
+        (19_558_459, "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800"),
+    "mini_kitchen_microwave_kettle_light_slider-v0.hdf5":
+        (556_544, "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"),
+}
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # MuJoCo's v2 files, official names
+
+
+def find_dataset(args: Args) -> Path:
+    """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded. Raises: UserError."""
+    if args.dataset not in ("", "random"):
+        if not Path(args.dataset).is_file():
+            raise UserError(f"--dataset {args.dataset}: no such file; give one in D4RL's layout, or `random`")
+        return Path(args.dataset)
+    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
+    if not args.dataset:
+        if args.env_id not in TASKS:
+            raise UserError(f"--env-id {args.env_id} has no file: use --dataset FILE or --dataset random")
+        if args.env_id.endswith("-random-v2"):  # D4RL's name for it, without need of the package
+            urls, name = [], args.env_id.replace("-random", "_random") + ".hdf5"
+        else:
+            urls = [runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"][args.env_id]]
+            name = Path(urls[0]).name
+        if (cache / name).is_file():
+            return cache / name
+        if urls:
+            return download([*urls, MIRROR + name], cache / name)
+    path = cache / f"{args.env_id.replace('/', '-')}.collected-uniform-{args.dataset_size}.hdf5"
+    if not path.is_file():
+        collect_random(args.env_id, args.dataset_size, path)
+    print(f"data: {path.name} is collected here by D4RL's recipe, uniform actions; not D4RL's own file")
+    return path
+
+
+def download(urls: list[str], path: Path) -> Path:
+    """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
+    part, failures = path.with_name(path.name + ".part"), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for url in urls:
+        try:
+            have = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=8) as response:
+                have = have if response.status == 206 else 0  # 200: this server starts over
+                total = have + int(response.headers.get("Content-Length", 0)) or None
+                bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name)
+                with open(part, "ab" if have else "wb") as file, bar:
+                    while chunk := response.read(1 << 20):
+                        bar.update(file.write(chunk))
+            if total and part.stat().st_size != total:
+                raise OSError(f"broke off after {part.stat().st_size} of {total} bytes: run again to resume")
+            if path.name in KNOWN_FILES and KNOWN_FILES[path.name] != (part.stat().st_size, sha256(part)):
+                part.unlink()
+                raise UserError(f"{url}: size or sha256 is not the known one of {path.name}, the copy was "
+                                "removed: try later, or give a file that you trust by --dataset FILE")
+            return part.replace(path)
+        except OSError as e:  # URLError, HTTPError and time-outs among them
+            failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
+    raise UserError(f"no source for {path.name}: not in {path.parent}; {'; '.join(failures)}. Ways on: "
+                    "--dataset FILE (your copy), --dataset random (uniform actions), or plain python o3f.py")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def collect_random(env_id: str, size: int, path: Path) -> None:
+    """Write `size` steps of uniform actions in D4RL's layout: how its *-random files were made."""
+    env = make_env(env_id)
+    env.action_space.seed(0)
+    obs, _ = env.reset(seed=0)
+    data = {"observations": np.empty((size, *obs.shape), np.float32),
+            "actions": np.empty((size, *env.action_space.shape), np.float32),
+            **{name: np.empty(size, np.float32) for name in ("rewards", "terminals", "timeouts")}}
+    for i in tqdm(range(size), desc=f"collecting {env_id}", unit="step"):
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        row = (obs, action, reward, terminated, truncated and not terminated)
+        for column, value in zip(data.values(), row):
+            column[i] = value
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # renamed when whole: a kill leaves no half file
+    with h5py.File(part, "w") as file:
+        for name, column in data.items():
+            file.create_dataset(name, data=column, compression="gzip", compression_opts=1)
+    part.replace(path)
+
+
+def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
+    """Read and check a file in D4RL's layout. Raises: UserError with what was found and what is needed."""
+    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), terminals=(), timeouts=())
+    try:
+        with h5py.File(path, "r") as file:
+            columns = {name: file[name] for name in shapes if isinstance(file.get(name), h5py.Dataset)}
+            if not set(columns) >= set(shapes) - {"timeouts"}:
+                raise UserError(f"{path.name}: found the keys {', '.join(file) or '(none)'}; needs "
+                                f"{', '.join(shapes)} (the last is optional)")
+            rows = columns["observations"].shape[:1]
+            for name, column in columns.items():
+                if column.shape != rows + shapes[name] or column.dtype.kind not in "fiub" or rows < (2,):
+                    raise UserError(f"{path.name}: {name} is {column.dtype} {column.shape}; this task needs "
+                                    f"numbers, {(*rows, *shapes[name])}, 2 rows or more")
+            raw = {name: column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
+                   for name, column in columns.items()}
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path}: not a whole HDF5 file ({e}); download or write it again") from e
+    for name in ("observations", "actions", "rewards"):
+        if (bad := ~np.isfinite(raw[name].reshape(*rows, -1)).all(1)).any():
+            raise UserError(f"{path.name}: {name} has NaN or inf in {bad.sum()} rows, the first is row "
+                            f"{bad.argmax()}; expected numbers: remove these rows")
+    if (peak := np.abs(raw["actions"]).max()) > 1 + 1e-6:
+        raise UserError(f"{path.name}: actions reach {peak:.4g}, expected within ±1: rescale the box, "
+                        "2·(a − low)/(high − low) − 1")
+    return raw
+
+
+def to_transitions(raw: dict[str, np.ndarray], horizon: int) -> dict[str, np.ndarray]:
+    """Rows of a file -> transitions (keys of Batch), the same arrays as d4rl.qlearning_dataset.
+
+    s' of row t is row t+1's observation. So the last row goes, and each row at a time limit, whose successor
+    is another episode's. A terminal row stays: its successor is as wrong, but 1 − d = 0 takes it out.
+    """
+    drop, terminals = raw.get("timeouts"), raw["terminals"]
+    if drop is None:
+        # Old files do not mark time limits: every horizon-th row of an episode is one. d4rl counts from 1
+        # after a terminal but from 0 after a limit; so do we: the same arrays are worth more than sense.
+        drop, start, count = np.zeros_like(terminals), 0, 0
+        for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):  # per episode, not per row
+            drop[start + horizon - 1 - count : end + 1 : horizon] = True
+            start, count = end + 1, int(not drop[end])
+    keep = np.flatnonzero(~drop[:-1])
+    data = {name: raw[name][keep] for name in ("observations", "actions", "rewards")}
+    return data | {"next_observations": raw["observations"][keep + 1], "terminations": terminals[keep]}
+
+
+class Signal(NamedTuple):
+    """The reward and the true end that the agent learns from: one rule for the file and for online steps."""
+
+    scale: float  # r ← scale·r + shift: --reward-transform with the dataset's constants
+    shift: float
+    targets: tuple[str, ...]  # of a kitchen with --kitchen-rewards consistent, else empty
+
+    def __call__(self, obs, rewards, next_obs, ends):
+        """obs (..., O), rewards (...), next_obs (..., O), ends (...) -> rewards (...), ends (...)."""
+        if self.targets:
+            # A kitchen file pays the number of satisfied sub-tasks in every row, the environment each once:
+            # two reward functions, which must not meet in one buffer. satisfied(s) − 4 is at most 0, so
+            # finishing is worth most and waiting never pays. The one true end is all four at once.
+            rewards = kitchen_satisfied(obs, self.targets) - float(len(self.targets))
+            ends = kitchen_satisfied(next_obs, self.targets) == len(self.targets)
+        return self.scale * rewards + self.shift, ends
+
+
+def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.ndarray], Signal, dict]:
+    """Find, check, convert: transitions (keys of Batch), their Signal, and facts for summary.json."""
+    path = find_dataset(args)
+    raw = load_hdf5(path, env.observation_space.shape[0], env.action_space.shape[0])
+    limits = raw["terminals"] | raw.get("timeouts", False)  # ends of episodes of either kind
+    returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, limits[:-1])), dtype=np.float64)
+    print(reward_check(raw, limits, task, args))
+    values = np.unique(raw["rewards"])
+    values = ", ".join(f"{v:g}" for v in values) if len(values) < 7 else f"{values[0]:.3g}…{values[-1]:.3g}"
+    targets = task.targets if args.kitchen_rewards == "consistent" else ()
+    if targets:  # a kitchen file calls each demonstration's last row terminal, solved or not: a time limit
+        raw |= {"timeouts": limits, "terminals": np.zeros_like(limits)}
+    data = to_transitions(raw, 280 if task.family == "kitchen" else env.spec.max_episode_steps or len(limits))
+
+    scale, shift = 1.0, -1.0 if args.reward_transform == "minus_one" else 0.0
+    if args.reward_transform == "return_range":
+        if returns.min() == returns.max():
+            raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
+                            "--reward-transform none")
+        scale = 1000.0 / float(np.ptp(returns))
+    signal = Signal(scale, shift, targets)
+    columns = ("observations", "rewards", "next_observations", "terminations")
+    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in signal(*map(data.get, columns)))
+    facts = {"file": path.name, "sha256": sha256(path), "rows": len(limits), "episodes": len(returns),
+             "transitions": len(data["rewards"]), "return_min": returns.min(), "return_mean": returns.mean(),
+             "return_max": returns.max(), "reward_scale": scale, "reward_shift": shift}
+    print(f"data: {path.name}: {len(limits):,} rows, {len(returns):,} episodes, return min/mean/max "
+          f"{returns.min():.1f}/{returns.mean():.1f}/{returns.max():.1f}, rewards {values}; dropped "
+          f"{len(limits) - facts['transitions']:,} rows without successor; {data['terminations'].sum():.0f} "
+          f"true ends; trained on {scale:.4g}·r{shift:+g}")
+    return data, signal, facts
+
+
+def reward_check(raw: dict[str, np.ndarray], limits: np.ndarray, task: Task, args: Args) -> str:
+    """One line: do the file and the environment pay the same reward?"""
+    obs, rewards = raw["observations"], raw["rewards"]
+    if task.family == "kitchen":
+        rows = np.mean(rewards == kitchen_satisfied(obs, task.targets))
+        episodes = np.split(obs, np.flatnonzero(limits) + 1)
+        once = sum(kitchen_done(episode, target).any() for episode in episodes for target in task.targets)
+        return (f"rewards: NOT the same: the file pays the satisfied sub-tasks ({rows:.0%} of its rows), "
+                f"{rewards.sum():.0f} in all, the environment +1 once each, which is {once}. Trained on: " + (
+                    "satisfied - 4 for both" if args.kitchen_rewards == "consistent" else
+                    "both as they are, a warning (--kitchen-rewards stock)"))
+    if task.family == "other":
+        return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
+    # A locomotion observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
+    env, errors = make_env(args.env_id).unwrapped, [0.0]
+    env.reset(seed=0)
+    for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
+        qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
+        if np.abs(qvel).max() < 10:  # beyond, two of the three robots do not show it
+            env.set_state(qpos, qvel)
+            errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
+    return (f"rewards: {'the same' if max(errors) < 1e-2 else 'NOT the same; is this the right file?'} "
+            f"({len(errors) - 1} rows replayed in {task.gym_id}, largest difference {max(errors):.1e})")
+
+
+# ==== 9. Evaluation =========================================================================================
+@torch.no_grad()
+def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: Args, seed: int) -> dict:
+    """One episode in each environment, side by side, with a single policy call per step for all of them.
+
+    Always from the same seeds, so that a change of the score is the policy's and not the draw's. q_start is
+    mean Q at the first states, discounted_return what the episodes then gave of the reward trained on (up to
+    the time limit): while q_start moves, or the two lie far apart, the critics have not converged.
+    """
+    n, device = len(envs), next(agent.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
+    while len(running):
+        obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
+        actions = agent.policy(obs_tensor, sample=False)
+        q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
+        if args.eval_action == "optimistic":
+            actions, _ = optimistic_action(obs_tensor, actions, agent.q_values, args.num_candidates,
+                                           args.sigma, args.omega, args.clip_candidates, generator)
+        steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
+        next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
+        train_rewards, _ = signal(obs[running], rewards, next_obs, terminated)
+        obs[running] = next_obs
+        returns[running] += rewards
+        discounted[running] += args.gamma ** lengths[running] * train_rewards
+        lengths[running] += 1
+        running = running[~(terminated | truncated)]
+    scores = task.score(returns)
+    values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean()
+    return dict(zip(RunLog.EVALS, map(float, values)))
+
+
+# ==== 10. Files =============================================================================================
+def save_agent(path: Path, agent: IQL, args: Args, signal: Signal, step: int) -> None:
+    """Networks, targets, optimisers, reward constants, as tensors and plain values; whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
+    torch.save({"step": step, "args": asdict(args), "signal": list(signal[:2]), "agent": agent.state_dict(),
+                "optimizers": optimizers}, part)
+    part.replace(path)
+
+
+def load_agent(path: str, agent: IQL, args: Args, signal: Signal, device: torch.device) -> Signal:
+    """Restore an agent in place; returns the signal with the constants that its critics were trained on.
+
+    Raises: UserError where the file is no saved agent, or one of another task, base or size.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)  # data only, no code
+        for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim"):
+            if saved["args"][name] != getattr(args, name):
+                raise UserError(f"--load {path}: it was trained with --{name.replace('_', '-')} "
+                                f"{saved['args'][name]}, not {getattr(args, name)}; change one or the other")
+        agent.load_state_dict(saved["agent"])
+        for name, optimizer in agent.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = args.learning_rate
+        return Signal(*saved["signal"], signal.targets)
+    except (OSError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"--load {path}: no saved agent for this task ({str(e).splitlines()[0]}); give "
+                        "a file that --save wrote") from e
+
+
+class RunLog:
+    """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
+
+    Metrics of updates and actions are summed on the device by `add`; `write` is the only copy to the host.
+    """
+
+    EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return".split())
+
+    def __init__(self, folder: Path, args: Args, metrics: tuple[str, ...]):
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if args.track:
+            wandb = importlib.import_module("wandb")
+            wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
+        self.folder, self.writer = folder, SummaryWriter(str(folder))
+        self.files = [open(folder / name, "w", newline="") for name in ("metrics.csv", "episodes.csv")]
+        self.metrics = csv.DictWriter(self.files[0], ["step", "phase", *self.EVALS, *metrics])
+        self.episodes = csv.DictWriter(self.files[1], ["step", "return", "score", "length"])
+        self.metrics.writeheader()
+        self.episodes.writeheader()
+        self.sums, self.evals, self.seconds, self.last_lap = {}, [], Counter(), time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under this name."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last_lap
+        self.last_lap = now
+
+    def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
+        """Sum metrics, values (len(names),), without leaving their device."""
+        total, count = self.sums.get(names, (0.0, 0))
+        self.sums[names] = total + values, count + 1
+
+    def write(self, step: int, phase: str, values: Optional[dict[str, float]] = None) -> None:
+        """One row of metrics.csv: an evaluation's values, or the means of what was added since the last."""
+        if values is None:
+            values = {name: mean for names, (total, count) in self.sums.items()
+                      for name, mean in zip(names, (total / count).tolist())}
+            self.sums = {}
+        else:
+            self.evals.append((step, values["eval/score"], values["eval/score_std"]))
+        self.metrics.writerow({"step": step, "phase": phase, **values})
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.files[0].flush()
+
+    def episode(self, step: int, episode_return: float, score: float, length: int) -> None:
+        self.episodes.writerow({"step": step, "return": episode_return, "score": score, "length": length})
+        self.writer.add_scalar("train/score", score, step)
+        self.files[1].flush()
+
+    def finish(self, title: str, facts: dict, offline_updates: int, online_steps: int) -> dict:
+        """Write summary.json and curve.png, close the files; returns the summary."""
+        offline = [score for step, score, _ in self.evals if step <= 0]
+        online = [score for step, score, _ in self.evals if step > 0]
+        online_seconds = sum(self.seconds[name] for name in ("act", "environment", "add", "online update"))
+        summary = {"score_offline": (offline or [None])[-1], "score_final": (online or [None])[-1],
+                   "score_best": max(offline + online, default=None), **facts,
+                   "offline_updates_per_s": offline_updates / max(self.seconds["offline update"], 1e-9),
+                   "online_steps_per_s": online_steps / max(online_seconds, 1e-9), "seconds": self.seconds}
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
+        if self.evals:
+            plot_curve(self.folder / "curve.png", self.evals, title)
+        for file in (self.writer, *self.files):
+            file.close()
+        return summary
+
+
+def plot_curve(path: Path, evals: list[tuple[int, float, float]], title: str) -> None:
+    """Score against steps, both phases on one axis; the band is one standard deviation over the episodes."""
+    from matplotlib.figure import Figure  # not pyplot: no screen, no global state
+
+    steps, scores, stds = np.array(evals).T
+    figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
+    axes = figure.subplots()
+    for phase, mask, colour in (("offline", steps <= 0, "tab:gray"), ("online", steps >= 0, "tab:blue")):
+        axes.plot(steps[mask], scores[mask], ".-", color=colour, label=phase)
+        axes.fill_between(steps[mask], *(scores + [-stds, stds])[:, mask], color=colour, alpha=0.2, lw=0)
+    axes.axvline(0, color="black", lw=0.8, ls=":")
+    axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def provenance(device: torch.device) -> dict:
+    """Versions, device and commit: what a number needs beside it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    packages = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np, h5py)}
+    return {"device": f"{device} ({platform.machine()}, {hardware}, {torch.get_num_threads()} threads)",
+            "git_commit": commit or None, "versions": {"python": platform.python_version(), **packages}}
+
+
+# ==== 11. Both phases =======================================================================================
+def pick_device(name: str) -> torch.device:
+    """Raises: UserError where the device asked for is absent."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not here.get(name, True):
+        raise UserError(f"--device {name}: torch {torch.__version__} finds none; use --device auto or cpu")
+    return torch.device(next(kind for kind in here if here[kind]) if name == "auto" else name)
+
+
+def pick_run_dir(args: Args) -> Path:
+    """The run's folder, not made yet. Raises: UserError where it is in use or cannot be made."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}-{now}-{os.getpid()}"
+    folder = Path(args.run_dir or f"runs/{name}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--run-dir {folder}: {parent} is no folder that can be written to; choose another")
+    return folder
+
+
+def main(args: Args) -> dict:
+    """Set-up, offline phase, online phase, files; returns the summary."""
+    task = get_task(args.env_id)
+    args = resolve(args, task.family)
+    device, folder = pick_device(args.device), pick_run_dir(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track: package wandb is missing: pip install wandb")
+    # Independent streams: other evaluations or candidates change neither the batches nor the environment.
+    explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
+    explore_generator = torch.Generator(device).manual_seed(explore_seed)
+    torch.manual_seed(args.seed)  # the global stream: initial weights, batches, dropout, and nothing else
+    env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
+    eval_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
+    data, signal, data_facts = load_dataset(args, task, env)
+    rows = len(data["rewards"])
+    if args.batch_size > rows:
+        raise UserError(f"--batch-size {args.batch_size}: more than the dataset's {rows} transitions")
+    if args.buffer_size is not None and args.buffer_size <= rows:
+        raise UserError(f"--buffer-size {args.buffer_size}: give more than the dataset's {rows} transitions")
+    agent = AGENTS[args.base](env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    agent.make_optimizers()
+    if args.load:
+        signal = load_agent(args.load, agent, args, signal, device)
+    buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
+    log = RunLog(folder, args, (*agent.METRICS, "o3f/optimism"))
+    print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
+
+    def evaluation(step: int, phase: str) -> None:
+        results = evaluate(agent, eval_envs, signal, task, args, eval_seed)
+        log.write(step, phase, results)
+        log.lap("evaluation")
+        bar.set_postfix(score=f"{results['eval/score']:.1f}")
+        tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
+                   "came true {:.1f}".format(phase, step, *results.values()))
+
+    status, step, first = "finished", 0, 1 if args.load else 1 - args.offline_steps
+    log.lap("set-up")
+    try:
+        # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
+        with tqdm(range(first, 1), desc="offline", unit="update") as bar:
+            for step in bar:
+                log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size)))
+                log.lap("offline update")
+                if step % args.log_every == 0:
+                    log.write(step, "offline")
+                if step % args.eval_every == 0 and step < 0:
+                    evaluation(step, "offline")
+            evaluation(0, "offline")
+        if args.save and not args.load:
+            save_agent(folder / "agent_offline.pt", agent, args, signal, 0)
+
+        # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
+        if args.reset_optimizer:
+            agent.make_optimizers()
+        obs, _ = env.reset(seed=env_seed)
+        with tqdm(range(1, args.online_steps + 1), desc="online", unit="step") as bar:
+            for step in bar:
+                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
+                action, gain = explore_action(agent, obs_tensor, args, explore_generator)
+                log.add(("o3f/optimism",), gain)
+                action = action[0].cpu().numpy()
+                log.lap("act")
+                next_obs, reward, terminated, truncated, info = env.step(action)
+                log.lap("environment")
+                # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
+                train_reward, end = signal(obs, reward, next_obs, terminated)
+                buffer.add(obs, action, train_reward, next_obs, end)
+                log.lap("add")
+                for _ in range(args.utd):
+                    log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size, args.offline_ratio)))
+                log.lap("online update")
+
+                obs = next_obs
+                if terminated or truncated:
+                    episode_return = info["episode"]["r"]  # of raw rewards
+                    log.episode(step, episode_return, task.score(episode_return), info["episode"]["l"])
+                    obs, _ = env.reset()
+                if step % args.log_every == 0:
+                    log.write(step, "online")
+                if step % args.eval_every == 0 or step == args.online_steps:
+                    evaluation(step, "online")
+    except KeyboardInterrupt:
+        status = "interrupted"
+        print(f"\ninterrupted at step {step}: finishing the files", file=sys.stderr)
+    if args.save:
+        save_agent(folder / "agent_final.pt", agent, args, signal, step)
+    title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
+    names = ("env_id", "base", "explore", "seed", "load", "eval_episodes")
+    facts = {name: getattr(args, name) for name in names}
+    facts |= {"status": status, "last_step": step, "dataset": data_facts, **provenance(device)}
+    summary = log.finish(title, facts, min(step, 0) - first + 1, max(step, 0))
+    print(f"score: offline {summary['score_offline']}, final {summary['score_final']}, best "
+          f"{summary['score_best']}; files in {folder}")
+    return summary
+
+
+def cli(argv: Optional[list[str]] = None) -> int:
+    """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
+    try:
+        return 0 if main(tyro.cli(Args, args=argv, description=__doc__))["status"] == "finished" else 130
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before there was anything to finish
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,968 @@
+"""Tests of o3f.py against closed forms in float64, brute-force loops and D4RL's own kitchen: minutes on two cores."""
+
+import ast
+import contextlib
+import copy
+import csv
+import dataclasses
+import hashlib
+import http.server
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import o3f
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"  # real data, where there is some beside the checkout; no test needs it
+torch.set_num_threads(1)
+
+
+def make_args(env_id="kitchen-mixed-v0", **flags):
+    args = o3f.Args(env_id=env_id, **flags)
+    return o3f.resolve(args, o3f.get_task(env_id).family)
+
+
+def make_agent(obs_dim=7, act_dim=3, seed=0, dtype=torch.float64, **flags):
+    torch.manual_seed(seed)
+    flags = {"hidden_dim": 16, "actor_dropout": 0.0, **flags}
+    agent = o3f.IQL(obs_dim, act_dim, make_args(**flags)).to(dtype)
+    agent.make_optimizers()
+    return agent
+
+
+def make_batch(size=32, obs_dim=7, act_dim=3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return o3f.Batch(draw(size, obs_dim), draw(size, act_dim).clamp(-0.9, 0.9), draw(size), draw(size, obs_dim),
+                     (torch.rand(size, generator=g) < 0.3).double())
+
+
+def mlp_by_hand(x, weights, biases):
+    """ReLU network by plain matrix products; weights (in, out)."""
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        x = x @ w + b
+        if i < len(weights) - 1:
+            x = x.clamp(min=0.0)
+    return x
+
+
+def critic_by_hand(agent, j, obs, actions, target=False):
+    layers = [m for m in (agent.qf_target if target else agent.qf).net if hasattr(m, "weight")]
+    return mlp_by_hand(torch.cat([obs, actions], 1), [m.weight[j] for m in layers],
+                       [m.bias[j, 0] for m in layers]).squeeze(1)
+
+
+def linear_by_hand(net, x):
+    layers = [m for m in net if hasattr(m, "weight")]
+    return mlp_by_hand(x, [m.weight.T for m in layers], [m.bias for m in layers])
+
+
+# ==== losses ================================================================================================
+@pytest.mark.parametrize("kappa", [0.5, 0.7, 0.9])
+def test_expectile_loss_and_its_gradient(kappa):
+    u = torch.tensor([-2.0, -0.5, 0.25, 3.0], dtype=torch.float64, requires_grad=True)
+    by_hand = [(1 - kappa if x < 0 else kappa) * x * x for x in u.tolist()]
+    loss = o3f.expectile_loss(u, kappa)
+    assert loss.item() == pytest.approx(sum(by_hand) / 4, rel=1e-12)
+    loss.backward()
+    slopes = [2 * (1 - kappa if x < 0 else kappa) * x / 4 for x in u.tolist()]
+    assert u.grad.tolist() == pytest.approx(slopes, rel=1e-12)
+
+
+def test_expectile_loss_is_least_at_the_expectile():
+    # The κ-expectile of a two-point variable {0, 1} with equal odds is κ: 0.5·κ·(1−v) = 0.5·(1−κ)·v.
+    q = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    losses = torch.stack([o3f.expectile_loss(q - v, 0.8) for v in grid])
+    assert grid[losses.argmin()].item() == pytest.approx(0.8, abs=1e-3)
+
+
+def test_td_target_stops_at_true_ends_only():
+    y = o3f.td_target(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([10.0, 10.0]), 0.9)
+    assert y.tolist() == pytest.approx([1 + 0.9 * 10, 1.0])
+
+
+def test_ensemble_mse_gives_each_critic_the_gradient_it_has_alone():
+    q = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(8, dtype=torch.float64)
+    o3f.ensemble_mse(q, y).backward()
+    for j in range(5):
+        for b in range(8):
+            assert q.grad[j, b].item() == pytest.approx(2 * (q[j, b] - y[b]).item() / 8, rel=1e-12)
+
+
+def test_advantage_weights():
+    adv = torch.tensor([-1.0, 0.0, 2.0, 1000.0], dtype=torch.float64)
+    expected = [math.exp(-3), 1.0, math.exp(6) if math.exp(6) < 100 else 100.0, 100.0]
+    assert o3f.advantage_weights(adv, 3.0, 100.0).tolist() == pytest.approx(expected)
+    assert o3f.advantage_weights(adv, 0.0, 100.0).tolist() == [1.0] * 4
+
+
+def test_polyak():
+    a, b = torch.nn.Linear(3, 2).double(), torch.nn.Linear(3, 2).double()
+    before = [(p.tolist(), q.tolist()) for p, q in zip(a.parameters(), b.parameters())]
+    o3f.polyak_(a, b, 0.005)
+    for p, (old, new) in zip(a.parameters(), before):
+        expected = 0.995 * np.array(old) + 0.005 * np.array(new)
+        assert np.allclose(p.detach().numpy(), expected, rtol=0, atol=1e-15)
+
+
+# ==== networks ==============================================================================================
+def test_batched_critics_are_five_separate_mlps():
+    torch.manual_seed(0)
+    critics = o3f.Critics(7, 3, 5, 16).double()
+    layers = [m for m in critics.net if hasattr(m, "weight")]
+    for layer in layers:  # biases start at 0: give them values, or the test would not see them
+        layer.bias.data.normal_()
+    separate = []
+    for j in range(5):
+        net = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(),
+                                  torch.nn.Linear(16, 1)).double()
+        for mine, theirs in zip(layers, net[::2]):
+            theirs.weight.data = mine.weight[j].T.detach().clone()
+            theirs.bias.data = mine.bias[j, 0].detach().clone()
+        separate.append(net)
+    obs, actions, y = torch.randn(9, 7).double(), torch.randn(9, 3).double(), torch.randn(9).double()
+    q = critics(obs, actions)
+    assert q.shape == (5, 9)
+    o3f.ensemble_mse(q, y).backward()
+    for j, net in enumerate(separate):
+        alone = net(torch.cat([obs, actions], 1)).squeeze(1)
+        assert torch.allclose(q[j], alone, rtol=0, atol=1e-12)
+        ((alone - y) ** 2).mean().backward()
+        for mine, theirs in zip(layers, net[::2]):
+            assert torch.allclose(mine.weight.grad[j].T, theirs.weight.grad, rtol=0, atol=1e-12)
+            assert torch.allclose(mine.bias.grad[j, 0], theirs.bias.grad, rtol=0, atol=1e-12)
+
+
+def test_init_is_orthogonal_with_gain_root_two_and_members_differ():
+    agent = make_agent(dtype=torch.float32)
+    for net in (agent.vf, agent.actor.net, agent.qf.net):
+        for layer in (m for m in net if hasattr(m, "weight")):
+            assert layer.bias.abs().max() == 0
+            for w in layer.weight.detach().view(-1, *layer.weight.shape[-2:]):
+                gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+                assert torch.allclose(gram, 2 * torch.eye(len(gram)), atol=1e-5)
+    first = agent.qf.net[0].weight
+    assert all(not torch.equal(first[0], first[j]) for j in range(1, 5))
+    assert all(torch.equal(p, q) for p, q in zip(agent.qf.parameters(), agent.qf_target.parameters()))
+
+
+# ==== IQL ===================================================================================================
+def adam_first_step(grad, lr):
+    """Adam's first step in closed form: m̂ = g, v̂ = g², so −lr·g/(|g| + 1e-8)."""
+    return -lr * grad / (grad.abs() + 1e-8)
+
+
+def test_iql_update_against_the_formulas():
+    """One whole update, in order: V on old targets; actor and critics on the new V; Polyak on the new critics."""
+    kappa, beta, gamma, tau, lr = 0.7, 0.5, 0.99, 0.005, 3e-4
+    agent, batch = make_agent(), make_batch()
+    with torch.no_grad():  # make target and online critics differ, and log-stds too
+        for p in agent.qf_target.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        agent.actor.log_std.copy_(torch.tensor([-0.3, 0.1, 0.4]))
+    old = copy.deepcopy(agent)
+    s, a, r, s2, d = batch
+
+    # V, Eq. 5
+    target_q = torch.stack([critic_by_hand(old, j, s, a, target=True) for j in range(5)]).min(0).values.detach()
+    u = target_q - linear_by_hand(old.vf, s).squeeze(1)
+    vf_loss = torch.where(u < 0, (1 - kappa) * u * u, kappa * u * u).mean()
+    v_params = list(old.vf.parameters())
+    new_v = [p + adam_first_step(g, lr) for p, g in zip(v_params, torch.autograd.grad(vf_loss, v_params))]
+
+    # the new V at s and s'
+    value = lambda x: mlp_by_hand(x, [w.T for w in new_v[::2]], new_v[1::2]).squeeze(1).detach()  # noqa: E731
+    adv = target_q - value(s)
+    weight = torch.tensor([min(math.exp(beta * x), 100.0) for x in adv.tolist()]).double()
+    mean, std = torch.tanh(linear_by_hand(old.actor.net, s)), old.actor.log_std.exp()
+    log_prob = (-((a - mean) ** 2) / (2 * std**2) - torch.log(std * math.sqrt(2 * math.pi))).sum(1)
+    actor_loss = -(weight * log_prob).mean()
+    pi_params = list(old.actor.parameters())
+    new_pi = [p + adam_first_step(g, lr) for p, g in zip(pi_params, torch.autograd.grad(actor_loss, pi_params))]
+    y = r + gamma * (1 - d) * value(s2)
+    q_losses = [((critic_by_hand(old, j, s, a) - y) ** 2).mean() for j in range(5)]
+    q_params = list(old.qf.parameters())
+    new_q = [p + adam_first_step(g, lr) for p, g in zip(q_params, torch.autograd.grad(sum(q_losses), q_params))]
+    new_target = [(1 - tau) * t + tau * q for t, q in zip(old.qf_target.parameters(), new_q)]
+
+    values = dict(zip(agent.METRICS, agent.update(batch).tolist()))
+    for module, expected in ((agent.vf, new_v), (agent.actor, new_pi), (agent.qf, new_q), (agent.qf_target, new_target)):
+        for p, q in zip(module.parameters(), expected):
+            assert torch.allclose(p, q, rtol=0, atol=1e-10)
+    assert values["losses/vf"] == pytest.approx(vf_loss.item())
+    assert values["losses/actor"] == pytest.approx(actor_loss.item())
+    assert values["losses/qf"] == pytest.approx(sum(q_losses).item() / 5)
+    assert values["adv"] == pytest.approx(adv.mean().item())
+    q_by_hand = torch.stack([critic_by_hand(old, j, s, a) for j in range(5)])
+    assert values["q_mean"] == pytest.approx(q_by_hand.mean().item())
+    assert values["q_std"] == pytest.approx(q_by_hand.std(0, correction=0).mean().item())
+
+
+def test_dropout_acts_in_updates_and_never_elsewhere():
+    batch, losses = make_batch(), []
+    for rate in (0.0, 0.5):
+        agent = make_agent(actor_dropout=rate)
+        torch.manual_seed(3)
+        losses.append(agent.update(batch)[2].item())
+        actions = [agent.policy(batch.observations, sample=False) for _ in range(2)]
+        assert torch.equal(*actions)
+    assert losses[0] != losses[1]
+
+
+def test_policy_samples_are_the_clipped_gaussian():
+    agent = make_agent()
+    with torch.no_grad():
+        agent.actor.log_std.fill_(math.log(0.1))
+        for p in agent.actor.net.parameters():
+            p.mul_(0.1)
+    obs = torch.randn(1, 7).double().expand(20_000, 7)
+    mean = agent.policy(obs[:1], sample=False)
+    draws = agent.policy(obs, sample=True, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(mean, torch.tanh(linear_by_hand(agent.actor.net, obs[:1])))
+    assert torch.allclose(draws.mean(0), mean[0], atol=5 * 0.1 / math.sqrt(20_000))
+    assert torch.allclose(draws.std(0), torch.full((3,), 0.1).double(), rtol=0.03)
+    with torch.no_grad():
+        agent.actor.log_std.fill_(5.0)  # clipped to 2, and the samples to the box
+    draws = agent.policy(obs, sample=True, generator=torch.Generator().manual_seed(0))
+    assert draws.abs().max() == 1.0
+
+
+# ==== new in O3F ============================================================================================
+def optimistic_by_loop(agent, obs, action, n, sigma, omega, clip, seed, target=False):
+    """Algorithm 1 and Eq. 2 as a Python loop over observations, candidates and critics."""
+    noise = torch.randn(len(obs), n, action.shape[1], dtype=action.dtype, generator=torch.Generator().manual_seed(seed))
+    chosen, optimism = [], []
+    for b in range(len(obs)):
+        best, best_score, best_mean, means = None, -math.inf, None, []
+        for i in range(n):
+            c = [action[b, k].item() + sigma * noise[b, i, k].item() for k in range(action.shape[1])]
+            c = [min(max(x, -1.0), 1.0) for x in c] if clip else c
+            c_tensor = torch.tensor([c], dtype=action.dtype)
+            qs = [critic_by_hand(agent, j, obs[b : b + 1], c_tensor, target).item() for j in range(5)]
+            means.append(sum(qs) / 5)
+            score = means[-1] + omega * statistics.pstdev(qs)
+            if score > best_score:
+                best, best_score, best_mean = c, score, means[-1]
+        chosen.append(best)
+        optimism.append(best_mean - sum(means) / n)
+    return torch.tensor(chosen, dtype=action.dtype), torch.tensor(optimism, dtype=action.dtype)
+
+
+@pytest.mark.parametrize("n, sigma, omega, clip", [(1, 0.2, 0.0, True), (20, 0.2, 0.0, True), (20, 0.2, 1.0, True),
+                                                   (20, 0.7, -0.5, False), (20, 0.7, 1.0, True), (5, 0.0, 0.0, True)])
+def test_optimistic_action_against_a_loop(n, sigma, omega, clip):
+    agent = make_agent()
+    obs, action = torch.randn(3, 7).double(), torch.rand(3, 3).double() * 2 - 1
+    chosen, optimism = o3f.optimistic_action(obs, action, agent.q_values, n, sigma, omega, clip,
+                                             torch.Generator().manual_seed(5))
+    by_loop = optimistic_by_loop(agent, obs, action, n, sigma, omega, clip, 5)
+    assert torch.allclose(chosen, by_loop[0], rtol=0, atol=1e-12)
+    assert torch.allclose(optimism, by_loop[1], rtol=0, atol=1e-9)
+
+
+def test_optimistic_action_ties_and_signs():
+    obs, action = torch.zeros(1, 2), torch.zeros(1, 2)
+    noise = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
+    pick = lambda q, omega=0.0: o3f.optimistic_action(  # noqa: E731
+        obs, action, q, 50, 0.1, omega, True, torch.Generator().manual_seed(0))[0]
+    assert torch.allclose(pick(lambda o, a: torch.ones(5, len(a))), 0.1 * noise[:, 0])  # ties: the first candidate
+    assert torch.allclose(pick(lambda o, a: a[:, 0].expand(5, -1)), 0.1 * noise[:, noise[0, :, 0].argmax()])
+    # Equal means, disagreement growing with a_0: only ω ≠ 0 sees it.
+    spread = lambda o, a: torch.tensor([[-1.0], [1.0]]) * a[:, 0].exp()  # noqa: E731
+    assert torch.allclose(pick(spread, 1.0), 0.1 * noise[:, noise[0, :, 0].argmax()])
+    assert torch.allclose(pick(spread, -1.0), 0.1 * noise[:, noise[0, :, 0].argmin()])
+
+
+def test_explore_action_variants():
+    agent = make_agent(dtype=torch.float32)
+    with torch.no_grad():
+        for p in agent.qf_target.parameters():
+            p.add_(torch.randn_like(p))
+    obs = torch.randn(1, 7)
+    act = lambda **flags: o3f.explore_action(  # noqa: E731
+        agent, obs, make_args(sigma=0.3, **flags), torch.Generator().manual_seed(9))
+    g = torch.Generator().manual_seed(9)
+    sample = agent.policy(obs, True, g)
+    noise = torch.randn(1, 3, generator=g)
+    assert torch.equal(act(explore="policy")[0], sample)
+    assert torch.equal(act(explore="policy", proposal="mean")[0], agent.policy(obs, False))
+    assert torch.allclose(act(explore="noise")[0], (sample + 0.3 * noise).clamp(-1, 1))
+    for proposal, centre in (("sample", sample), ("mean", agent.policy(obs, False))):
+        for rank in ("online", "target"):
+            g = torch.Generator().manual_seed(9)
+            if proposal == "sample":
+                agent.policy(obs, True, g)
+            candidates = (centre + 0.3 * torch.randn(1, 100, 3, generator=g)).clamp(-1, 1)[0]
+            q = torch.stack([critic_by_hand(agent, j, obs.expand(100, 7), candidates, rank == "target") for j in range(5)])
+            chosen, optimism = act(explore="o3f", proposal=proposal, rank_critics=rank)
+            assert torch.allclose(chosen[0], candidates[q.mean(0).argmax()])
+            assert optimism.item() == pytest.approx((q.mean(0).max() - q.mean()).item(), rel=1e-3) and optimism > 0
+    assert act(explore="noise")[1].item() == 0.0
+
+
+# ==== replay buffer =========================================================================================
+def buffer_data(n, obs_dim=2, act_dim=1):
+    return {"observations": np.arange(n * obs_dim, dtype=np.float32).reshape(n, obs_dim),
+            "actions": np.zeros((n, act_dim), np.float32), "rewards": np.arange(n, dtype=np.float32),
+            "next_observations": np.zeros((n, obs_dim), np.float32), "terminations": np.zeros(n, np.float32)}
+
+
+def test_buffer_keeps_the_dataset_and_wraps_over_online_rows():
+    buffer = o3f.ReplayBuffer(buffer_data(4), 7, torch.device("cpu"))
+    for i in range(5):  # rows 4, 5, 6, then again 4, 5
+        buffer.add(np.full(2, 100.0 + i), np.array([0.5]), 10.0 + i, np.full(2, 200.0 + i), i % 2 == 1)
+        assert buffer.size == min(4 + i + 1, 7)
+    rewards = buffer.rows[:, 3].tolist()
+    assert rewards == [0, 1, 2, 3, 13, 14, 12]
+    assert buffer.rows[4].tolist() == [103, 103, 0.5, 13, 203, 203, 1]
+    assert buffer.rows[:4, :2].tolist() == buffer_data(4)["observations"].tolist()
+
+
+def test_sampling_is_uniform_over_all_rows_and_offline_ratio_is_a_count():
+    buffer = o3f.ReplayBuffer(buffer_data(6), 10, torch.device("cpu"))
+    torch.manual_seed(0)
+    assert set(buffer.sample(500, 0.25).rewards.tolist()) == {0, 1, 2, 3, 4, 5}  # nothing online yet
+    for i in range(2):
+        buffer.add(np.zeros(2), np.zeros(1), 100.0 + i, np.zeros(2), False)
+    counts = np.bincount(np.searchsorted([0, 1, 2, 3, 4, 5, 100, 101], buffer.sample(80_000).rewards.numpy()))
+    assert len(counts) == 8 and np.abs(counts - 10_000).max() < 5 * math.sqrt(10_000)
+    for ratio in (0.0, 0.25, 1.0):
+        batch = buffer.sample(200, ratio)
+        assert (batch.rewards < 50).sum().item() == round(200 * ratio)
+    batch = buffer.sample(8)
+    assert [x.shape for x in batch] == [(8, 2), (8, 1), (8,), (8, 2), (8,)]
+
+
+# ==== data ==================================================================================================
+def rows_one_by_one(raw, horizon):
+    """d4rl's rule, a row at a time: a limit drops the row and restarts the count, a terminal restarts it at 1."""
+    kept, count = [], 0
+    for t in range(len(raw["rewards"]) - 1):
+        limit = raw["timeouts"][t] if "timeouts" in raw else count == horizon - 1
+        if limit:
+            count = 0
+            continue
+        if raw["terminals"][t]:
+            count = 0
+        kept.append(t)
+        count += 1
+    return kept
+
+
+@pytest.mark.parametrize("with_timeouts", [True, False])
+@pytest.mark.parametrize("with_terminals", [True, False])
+def test_transitions_against_a_row_by_row_reference(with_timeouts, with_terminals):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, horizon = rng.integers(2, 60), rng.integers(2, 12)
+        raw = {"observations": rng.normal(size=(n, 3)).astype(np.float32), "rewards": rng.normal(size=n),
+               "actions": rng.normal(size=(n, 2)), "terminals": (rng.random(n) < 0.15) & with_terminals}
+        if with_timeouts:
+            raw["timeouts"] = rng.random(n) < 0.15
+        data, kept = o3f.to_transitions(raw, int(horizon)), rows_one_by_one(raw, horizon)
+        assert np.array_equal(data["observations"], raw["observations"][kept])
+        assert np.array_equal(data["next_observations"], raw["observations"][[t + 1 for t in kept]])
+        assert np.array_equal(data["actions"], raw["actions"][kept])
+        assert np.array_equal(data["rewards"], raw["rewards"][kept])
+        assert np.array_equal(data["terminations"], raw["terminals"][kept])
+
+
+def write_hdf5(path, **columns):
+    with h5py.File(path, "w") as f:
+        for name, value in columns.items():
+            f[name] = value
+    return str(path)
+
+
+def small_kitchen_file(path, episodes=3, length=40, **extra):
+    """Random motion around the start pose; in every episode the kettle and then the microwave get done."""
+    rng = np.random.default_rng(0)
+    n = episodes * length
+    obs = np.tile(np.concatenate([o3f.KitchenEnv.INIT_QPOS, np.zeros(30)]), (n, 1))
+    obs[:, :30] += 0.01 * rng.normal(size=(n, 30))
+    for e in range(episodes):
+        rows = slice(e * length, (e + 1) * length)
+        obs[rows][10:, 23:30] = [-0.23, 0.75, 1.62, 0.99, 0, 0, -0.06]
+        obs[rows][20:, 22] = -0.75
+    rewards = np.tile(np.repeat([0.0, 1.0, 2.0], [10, 10, length - 20]), episodes)
+    terminals = np.zeros(n)
+    terminals[length - 1 :: length] = 1
+    columns = {"observations": obs, "actions": rng.uniform(-0.9, 0.9, (n, 9)), "rewards": rewards,
+               "terminals": terminals, **extra}
+    return write_hdf5(path, **columns)
+
+
+@pytest.mark.parametrize("with_timeouts", [False, True])
+def test_kitchen_rewards_consistent_and_stock(tmp_path, with_timeouts, capsys):
+    extra = {"timeouts": np.zeros(120, bool)} if with_timeouts else {}
+    path = small_kitchen_file(tmp_path / "k.hdf5", **extra)
+    env = o3f.make_env("kitchen-mixed-v0")
+    task = o3f.get_task("kitchen-mixed-v0")
+    data, rule, facts = o3f.load_dataset(make_args(dataset=path), task, env)
+    expected = np.repeat([-4.0, -3.0, -2.0], [10, 10, 19])  # 39 of 40: the last row of a demonstration has no successor
+    assert np.array_equal(data["rewards"], np.tile(expected, 3)) and data["terminations"].sum() == 0
+    assert facts["episodes"] == 3 and facts["rows"] == 120 and facts["transitions"] == 117
+    assert "NOT the same" in capsys.readouterr().out
+    # The rule at work online: satisfied(s) − 4 whatever the environment pays; an end only where all four are.
+    done = np.zeros(60)
+    for index, goal in (o3f.KITCHEN_GOALS[name] for name in task.targets):
+        done[index] = goal
+    start = np.concatenate([o3f.KitchenEnv.INIT_QPOS, np.zeros(30)])
+    assert rule(start, 1.0, done, False) == (-4.0, True) and rule(done, 0.0, start, True) == (0.0, False)
+
+    data, rule, _ = o3f.load_dataset(make_args(dataset=path, kitchen_rewards="stock"), task, env)
+    assert data["rewards"].max() == 2.0 and data["terminations"].sum() == 2  # the third is the last row
+    assert rule(start, 1.0, done, False) == (1.0, False)
+
+
+def test_reward_transform_is_the_datasets_offline_and_online(tmp_path, monkeypatch):
+    """The range of episode returns scales the file's rewards once, and every online reward by the same number."""
+    path = tmp_path / "p.hdf5"
+    o3f.collect_random("Pendulum-v1", 1000, path)
+    with h5py.File(path) as f:
+        rewards = f["rewards"][:].astype(np.float64)
+    returns = [rewards[i : i + 200].sum() for i in range(0, 1000, 200)]
+    scale = 1000 / (max(returns) - min(returns))
+    raw_rewards, added = [], []
+    step, add = gym.wrappers.RescaleAction.step, o3f.ReplayBuffer.add
+
+    def spy_step(self, action):
+        result = step(self, action)
+        raw_rewards.append(result[1])
+        return result
+
+    def spy_add(self, obs, action, reward, next_obs, end):
+        if not added:
+            file_rows = self.rows[: self.num_offline, 4]
+            assert np.allclose(file_rows, scale * rewards.reshape(5, 200)[:, :199].ravel(), rtol=1e-4)
+        added.append((reward, raw_rewards[-1]))
+        return add(self, obs, action, reward, next_obs, end)
+
+    monkeypatch.setattr(gym.wrappers.RescaleAction, "step", spy_step)
+    monkeypatch.setattr(o3f.ReplayBuffer, "add", spy_add)
+    run("--env-id", "Pendulum-v1", "--dataset", path, "--offline-steps", 2, "--online-steps", 30, "--eval-episodes", 1,
+        "--run-dir", tmp_path / "run")
+    assert len(added) == 30
+    assert all(mine == pytest.approx(scale * theirs, rel=1e-4) for mine, theirs in added)
+
+
+def test_minus_one_transform(tmp_path):
+    path = small_kitchen_file(tmp_path / "k.hdf5")
+    args = make_args(dataset=path, kitchen_rewards="stock", reward_transform="minus_one")
+    data, rule, _ = o3f.load_dataset(args, o3f.get_task("kitchen-mixed-v0"), o3f.make_env("kitchen-mixed-v0"))
+    assert set(data["rewards"]) == {-1.0, 0.0, 1.0} and rule(np.zeros(60), 1.0, np.zeros(60), False)[0] == 0.0
+
+
+def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    args = make_args("hopper-random-v2", dataset_size=3000)
+    path = o3f.find_dataset(args)
+    assert path.name == "hopper-random-v2.collected-uniform-3000.hdf5" and "not D4RL's own" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no .part left behind
+    raw = o3f.load_hdf5(path, 11, 3)
+    assert np.abs(raw["actions"].mean(0)).max() < 5 * math.sqrt(1 / 3 / 3000)
+    assert np.allclose(raw["actions"].var(0), 1 / 3, atol=0.03)
+    assert raw["terminals"].sum() > 50 and raw["timeouts"].sum() == 0  # random hoppers fall
+    # Each kept row's successor is what the environment does from it: put it back into the state and step.
+    env = o3f.make_env("hopper-random-v2").unwrapped
+    env.reset(seed=0)
+    data = o3f.to_transitions(raw, 1000)
+    for t in range(0, 2500, 97):
+        if data["terminations"][t] or np.abs(data["observations"][t, 5:]).max() >= 10:
+            continue
+        env.set_state(np.append(0.0, data["observations"][t, :5]), data["observations"][t, 5:])
+        obs, reward, *_ = env.step(data["actions"][t])
+        assert np.allclose(obs, data["next_observations"][t], atol=1e-2) and reward == pytest.approx(data["rewards"][t], abs=1e-2)
+    official = tmp_path / "hopper_random-v2.hdf5"
+    official.write_bytes(b"")
+    assert o3f.find_dataset(args) == official  # D4RL's own file, where there is one, comes first
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """A server with ranges; it can cut every first answer short."""
+
+    content, cut, ranges = b"", False, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.ranges.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        body = self.content[start:]
+        self.wfile.write(body[: len(body) // 2] if Files.cut and not start else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def file_server(content, cut=False):
+    Files.content, Files.cut, Files.ranges = content, cut, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+def test_download_resumes_checks_and_names_every_source(tmp_path, monkeypatch):
+    content = np.random.default_rng(0).bytes(300_000)
+    monkeypatch.setitem(o3f.KNOWN_FILES, "a.hdf5", (len(content), hashlib.sha256(content).hexdigest()))
+    with file_server(content, cut=True) as url:
+        # First try: broken off half-way, the half is kept. The second source is asked for the rest at once.
+        path = o3f.download([url + "a.hdf5", url + "mirror/a.hdf5"], tmp_path / "a.hdf5")
+        assert path.read_bytes() == content and Files.ranges == [0, 150_000]
+        assert [p.name for p in tmp_path.iterdir()] == ["a.hdf5"]
+        with pytest.raises(o3f.UserError, match=r"broke off after 150000 of 300000.*Ways on: --dataset FILE"):
+            o3f.download([url + "b.hdf5"], tmp_path / "b.hdf5")
+        assert (tmp_path / "b.hdf5.part").stat().st_size == 150_000 and not (tmp_path / "b.hdf5").exists()
+    monkeypatch.setitem(o3f.KNOWN_FILES, "c.hdf5", (len(content), "0" * 64))
+    with file_server(content) as url:
+        with pytest.raises(o3f.UserError, match="sha256 is not the known one"):
+            o3f.download([url + "c.hdf5"], tmp_path / "c.hdf5")
+    assert not list(tmp_path.glob("c.hdf5*"))
+    with pytest.raises(o3f.UserError, match=r"no source for d\.hdf5.*http://127\.0\.0\.1:1/x.*http://127\.0\.0\.1:1/y"):
+        o3f.download(["http://127.0.0.1:1/x", "http://127.0.0.1:1/y"], tmp_path / "d.hdf5")
+
+
+# ==== tasks and environments ================================================================================
+def test_scores():
+    assert o3f.get_task("halfcheetah-medium-v2").score(12135.0) == pytest.approx(100)
+    assert o3f.get_task("hopper-random-v2").score(-20.272305) == pytest.approx(0)
+    assert o3f.get_task("walker2d-medium-v2").score(2000.0) == pytest.approx(100 * (2000 - 1.629008) / (4592.3 - 1.629008))
+    assert o3f.get_task("kitchen-mixed-v0").score(3.0) == 75.0
+    assert o3f.get_task("Pendulum-v1").score(-123.0) == -123.0
+
+
+def test_other_environments_are_rescaled_to_the_unit_box():
+    env = o3f.make_env("Pendulum-v1")
+    assert env.action_space.low == -1 and env.action_space.high == 1
+    plain = gym.make("Pendulum-v1")
+    assert np.array_equal(env.reset(seed=3)[0], plain.reset(seed=3)[0])
+    assert np.allclose(env.step(np.array([0.5], np.float32))[0], plain.step(np.array([1.0], np.float32))[0])
+
+
+# Two steps of D4RL's own kitchen under MuJoCo 2.3.7 with the observation noise off, robot joints and kettle.
+REFERENCE_ACTIONS = [
+    [0.0327972554, 0.1413351737, -0.943051547, -0.6569566875, 0.3705539634, 0.6677937253, -0.3860675607, 0.7872261594,
+     0.4430877235],
+    [-0.6201220916, 0.1084551822, -0.2957360919, -0.6362151947, 0.5712035237, 0.9309664448, -0.5352926764,
+     -0.8328771327, 0.2070968446],
+    [0.4579855146, -0.447522343, 0.3706126576, 0.0357349484, -0.9030309251, -0.7242615249, -0.6260651477, 0.9886358023,
+     0.0413307934]]
+REFERENCE_RESET = [
+    1.48388023e-01, -1.76848573, 1.84390296, -2.4768576, 2.60252026e-01, 7.12533105e-01, 1.59515394, 4.79267505e-02,
+    3.71350919e-02, -2.66279850e-04, -5.18043486e-05, 3.1287722e-05, -4.51199853e-05, -3.90842156e-06, -4.22629655e-05,
+    6.28065475e-05, 4.04984708e-05, 4.62730939e-04, -2.26906415e-04, -4.65501369e-04, -6.44129196e-03, -1.77048263e-03,
+    1.08009684e-03, -2.6939744e-01, 3.50383255e-01, 1.61944683, 9.9997015939e-01, 4.0388390472e-03, -6.5800474318e-03,
+    -2.6662117157e-04]
+REFERENCE_THIRD = [
+    1.3462171886e-01, -1.7650847416, 1.8251162615, -2.569050553, 2.6791034609e-01, 7.9350526266e-01, 1.4416326215,
+    2.6714624323e-02, 3.9250328342e-02, -1.9906067055e-04, -9.8466080758e-07, 2.5457973194e-05, 3.0594356851e-07,
+    2.1512113977e-05, 2.7895152662e-07, 2.9798248652e-05, 3.2659674331e-07, 4.1941372161e-05, 6.5391890769e-06,
+    -1.9064544223e-05, -6.4412919600e-03, -4.8220958008e-05, 3.4997880453e-05, -2.6943918032e-01, 3.5037016808e-01,
+    1.6193535566, 9.9999995538e-01, -1.0181968086e-06, 6.3024984965e-05, -2.9200040871e-04]
+
+
+def test_kitchen_reproduces_d4rls_own():
+    env = o3f.make_env("kitchen-mixed-v0", noise_ratio=0.0)
+    obs, _ = env.reset(seed=0)
+    assert np.abs(obs[:30] - REFERENCE_RESET).max() < 1e-9
+    for action in REFERENCE_ACTIONS:
+        obs, *_ = env.step(np.array(action))
+    assert np.abs(obs[:30] - REFERENCE_THIRD).max() < 2e-3
+    assert np.array_equal(obs[:30], env.unwrapped.data.qpos)
+
+
+@pytest.mark.skipif(not (SHARED / "reference").is_dir(), reason="the reference episodes are not beside the checkout")
+@pytest.mark.parametrize("episode", [0, 1])  # the actions of episode 0 exceed ±1
+def test_kitchen_reproduces_the_reference_episodes(episode):
+    reference = np.load(SHARED / "reference/kitchen_mixed_rollouts.npz")
+    env = o3f.make_env("kitchen-mixed-v0", noise_ratio=0.0)
+    obs, _ = env.reset(seed=0)
+    assert np.abs(obs - reference[f"ep{episode}_obs"][0]).max() < 1e-9
+    for t in range(10):
+        obs, *_ = env.step(reference[f"ep{episode}_act"][t])
+        assert np.abs(obs - reference[f"ep{episode}_obs"][t + 1]).max() < 2e-3
+
+
+def put(env, **joints):
+    """Set kitchen objects to their goals, or to zero, and observe by an idle step."""
+    for name, done in joints.items():
+        index, goal = o3f.KITCHEN_GOALS[name.replace("_", " ")]
+        env.unwrapped.data.qpos[index] = goal if done else o3f.KitchenEnv.INIT_QPOS[index]
+    return env.step(np.zeros(9, np.float32))
+
+
+def test_kitchen_pays_each_sub_task_once_and_ends_when_all_are_done():
+    env = o3f.make_env("kitchen-mixed-v0", noise_ratio=0.0)
+    obs, _ = env.reset(seed=0)
+    assert put(env)[1] == 0.0
+    obs, reward, terminated, _, info = put(env, microwave=True)
+    assert (reward, terminated, info["completed"]) == (1.0, False, ["microwave"])
+    assert o3f.kitchen_satisfied(obs, env.unwrapped.targets) == 1
+    assert put(env)[1] == 0.0  # still open: not paid again
+    obs, reward, *_ = put(env, microwave=False)
+    assert reward == 0.0 and o3f.kitchen_satisfied(obs, env.unwrapped.targets) == 0
+    assert put(env, microwave=True)[1] == 0.0  # open again: not paid again
+    assert put(env, hinge_cabinet=True, top_burner=True)[1] == 0.0  # not targets of mixed
+    obs, reward, terminated, *_ = put(env, light_switch=True, bottom_burner=True)
+    assert (reward, terminated) == (2.0, False)
+    obs, reward, terminated, *_ = put(env, kettle=True)
+    assert (reward, terminated) == (1.0, True)
+    env.reset()
+    assert put(env, microwave=True)[1] == 1.0  # a new episode pays anew
+
+
+def test_kitchen_goal_vector_and_horizon():
+    targets = {"kitchen-mixed-v0": {11: -0.88, 12: -0.01, 17: -0.69, 18: -0.05, 22: -0.75},
+               "kitchen-partial-v0": {17: -0.69, 18: -0.05, 19: 0.37, 22: -0.75}}
+    targets["kitchen-complete-v0"] = targets["kitchen-partial-v0"]
+    kettle = dict(zip(range(23, 30), (-0.23, 0.75, 1.62, 0.99, 0, 0, -0.06)))
+    for env_id, entries in targets.items():
+        goal = np.zeros(30)
+        for i, value in {**entries, **kettle}.items():
+            goal[i] = value
+        env = o3f.make_env(env_id)
+        assert np.allclose(env.reset(seed=0)[0][30:], goal) and env.spec is None
+    for t in range(280):
+        *_, terminated, truncated, _ = env.step(np.zeros(9))
+        assert truncated == (t == 279) and not terminated
+
+
+def test_kitchen_noise_is_uniform_with_a_tenth_of_the_amplitudes_and_seeded_by_reset_only():
+    env = o3f.make_env("kitchen-mixed-v0")
+    start = o3f.KitchenEnv.INIT_QPOS.copy()
+    start[26:] /= np.linalg.norm(start[26:])
+    draws = np.array([env.reset(seed=i)[0][:30] - start for i in range(400)])
+    amplitude = np.array([0.1] * 9 + [0.005] * 2 + [0.0005] * 6 + [0.005] * 3 + [0.1] * 3 + [0.005] * 3 + [0.1] * 3 + [0.005])
+    assert (np.abs(draws) <= 0.1 * amplitude + 1e-12).all()
+    assert np.allclose(draws.std(0), 0.1 * amplitude / math.sqrt(3), rtol=0.15)
+    actions = np.random.default_rng(0).uniform(-1, 1, (5, 9))
+    np.random.seed(1)
+    first = [env.reset(seed=7)[0], *(env.step(a)[0] for a in actions)]
+    np.random.seed(2)  # the global generator plays no part
+    again = [env.reset(seed=7)[0], *(env.step(a)[0] for a in actions)]
+    assert np.array_equal(first, again) and not np.array_equal(first[0], env.reset(seed=8)[0])
+
+
+def test_kitchen_control_uses_the_seen_joints_and_clips():
+    env = o3f.make_env("kitchen-mixed-v0").unwrapped
+    obs, _ = env.reset(seed=0)
+    env.step(np.full(9, 3.0))  # as good as 1
+    low, high = [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0], [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04]
+    assert np.allclose(env.data.ctrl, np.clip(obs[:9] + 0.16, low, high))
+    obs, _ = env.reset(seed=1)
+    env.step(np.full(9, -0.5))
+    assert np.allclose(env.data.ctrl, np.clip(obs[:9] - 0.08, low, high))
+
+
+def test_kitchen_passes_gymnasiums_checker():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(o3f.make_env("kitchen-mixed-v0").unwrapped, skip_render_check=True)
+
+
+def test_kitchen_renders():
+    code = "import o3f; e = o3f.make_env('kitchen-mixed-v0', render_mode='rgb_array'); e.reset(seed=0); x = e.render(); " \
+           "assert x.shape == (480, 640, 3) and x.dtype == 'uint8' and x.std() > 20; e.close()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env={"MUJOCO_GL": "egl", **os.environ},
+                          capture_output=True, text=True)
+    if done.returncode and "AssertionError" not in done.stderr:
+        pytest.skip("no OpenGL on this machine: " + done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_evaluation_side_by_side_is_one_after_the_other():
+    agent = make_agent(60, 9, dtype=torch.float32)
+    task, args = o3f.get_task("kitchen-mixed-v0"), make_args()
+    rule = o3f.Signal(1.0, 0.0, task.targets)
+    envs = [gym.wrappers.TimeLimit(o3f.make_env("kitchen-mixed-v0").unwrapped, limit) for limit in (5, 12, 30)]
+    values = o3f.evaluate(agent, envs, rule, task, args, seed=11)
+    lengths, discounted, start_q = [], [], []
+    for i, limit in enumerate((5, 12, 30)):
+        env = o3f.make_env("kitchen-mixed-v0")
+        obs, total = env.reset(seed=11 + i)[0], 0.0
+        for t in range(limit):
+            x = torch.tensor(obs[None], dtype=torch.float32)
+            action = agent.policy(x, sample=False)
+            if t == 0:
+                start_q.append(agent.q_values(x, action).mean().item())
+            total += 0.99**t * (o3f.kitchen_satisfied(obs, task.targets) - 4)
+            obs = env.step(action[0].numpy())[0]
+        discounted.append(total)
+        lengths.append(limit)
+    assert values["eval/length"] == np.mean(lengths)
+    assert values["eval/discounted_return"] == pytest.approx(np.mean(discounted), rel=1e-5)
+    assert values["eval/q_start"] == pytest.approx(np.mean(start_q), rel=1e-4)
+    assert values == o3f.evaluate(agent, envs, rule, task, args, seed=11)  # the same seeds every time
+
+
+# ==== flags =================================================================================================
+def test_presets_are_the_papers_and_flags_override_them():
+    kitchen, cheetah = make_args("kitchen-mixed-v0"), make_args("halfcheetah-medium-v2")
+    assert (kitchen.sigma, kitchen.expectile, kitchen.beta, kitchen.actor_dropout) == (0.05, 0.7, 0.5, 0.1)
+    assert (cheetah.sigma, cheetah.expectile, cheetah.beta, cheetah.actor_dropout) == (0.2, 0.7, 3.0, 0.0)
+    assert (kitchen.reward_transform, cheetah.reward_transform) == ("none", "return_range")
+    for args in (kitchen, cheetah, make_args("Pendulum-v1")):
+        assert (args.num_candidates, args.num_critics, args.omega, args.explore) == (100, 5, 0.0, "o3f")
+        assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (256, 3e-4, 0.99, 0.005, 1)
+        assert (args.proposal, args.rank_critics, args.clip_candidates) == ("sample", "online", True)
+    args = make_args("kitchen-mixed-v0", sigma=0.0, beta=7.0, actor_dropout=0.0, batch_size=3)
+    assert (args.sigma, args.beta, args.actor_dropout, args.batch_size) == (0.0, 7.0, 0.0, 3)
+
+
+def test_every_flag_is_documented_and_read():
+    source = ast.parse((HERE / "o3f.py").read_text())
+    body = next(node for node in source.body if getattr(node, "name", "") == "Args").body
+    documented = {field.target.id for field, doc in zip(body, body[1:]) if isinstance(field, ast.AnnAssign)
+                  and isinstance(doc, ast.Expr) and len(doc.value.value) > 20}
+    read = {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)
+            and ast.unparse(node.value) in ("args", "self.args")}
+    flags = {field.name for field in dataclasses.fields(o3f.Args)}
+    assert flags == documented and flags <= read
+
+
+def run(*argv):
+    code = o3f.cli([str(x) for x in argv])
+    assert code == 0
+    return code
+
+
+BAD_FLAGS = [
+    (["--env-id", "kitchen-mixd-v0"], "did you mean kitchen-mixed-v0"),
+    (["--env-id", "CartPole-v1", "--dataset", "random"], "needs a flat Box"),
+    (["--env-id", "Pendulum-v1"], "--dataset random"),
+    (["--sigma", "-1"], "--sigma -1.0: give a number at least 0"),
+    (["--sigma", "nan"], "--sigma nan"),
+    (["--num-candidates", "0"], "--num-candidates 0: give a number at least 1"),
+    (["--expectile", "1"], "--expectile 1.0"),
+    (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
+    (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
+    (["--run-dir", "{file}/x"], "no folder that can be written to"),
+    (["--run-dir", "{used}"], "not empty"),
+    (["--load", "{file}", "--dataset", "{good}"], "no saved agent"),
+    (["--load", "missing.pt", "--dataset", "{good}"], "no saved agent"),
+    (["--batch-size", "100000", "--dataset", "{good}"], "more than the dataset's"),
+    (["--buffer-size", "10", "--dataset", "{good}"], "more than the dataset's"),
+    (["--dataset", "{file}"], "not a whole HDF5 file"),
+    (["--dataset", "{cut}"], "not a whole HDF5 file"),
+    (["--dataset", "{no_rewards}"], "needs observations, actions, rewards"),
+    (["--dataset", "{narrow}"], "observations is float64 (320, 11)"),
+    (["--dataset", "{short}"], "rewards is float64 (319,)"),
+    (["--dataset", "{words}"], "this task needs numbers"),
+    (["--dataset", "{nan}"], "observations has NaN or inf in 2 rows, the first is row 7"),
+    (["--dataset", "{big}"], "actions reach 2"),
+    (["--track", "--dataset", "{good}"], "pip install wandb"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    good = small_kitchen_file(folder / "good.hdf5", episodes=8)
+    with h5py.File(good) as f:
+        columns = {name: f[name][:] for name in f}
+    change = lambda name, key, value: write_hdf5(folder / name, **{**columns, key: value})  # noqa: E731
+    nan, big = columns["observations"].copy(), columns["actions"].copy()
+    nan[[7, 9], 3], big[5, 5] = np.nan, 2.0
+    (folder / "cut.hdf5").write_bytes(Path(good).read_bytes()[:20_000])
+    (folder / "file.txt").write_text("hello")
+    (folder / "used").mkdir()
+    (folder / "used/metrics.csv").write_text("")
+    return {"good": good, "file": folder / "file.txt", "cut": folder / "cut.hdf5", "used": folder / "used",
+            "no_rewards": write_hdf5(folder / "a.hdf5", **{k: v for k, v in columns.items() if k != "rewards"}),
+            "narrow": change("b.hdf5", "observations", np.zeros((320, 11))), "nan": change("d.hdf5", "observations", nan),
+            "short": change("c.hdf5", "rewards", np.zeros(319)), "big": change("e.hdf5", "actions", big),
+            "words": change("f.hdf5", "rewards", np.array([b"x"] * 320))}
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_gets_one_line_and_exit_code_2(flags, message, files, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--env-id", "kitchen-mixed-v0"] if "--env-id" not in flags else []
+    assert o3f.cli(argv + [flag.format(**files) for flag in flags]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_asked_for_and_absent(capsys):
+    assert o3f.cli(["--device", "cuda"]) == 2 and "--device cuda" in capsys.readouterr().err
+
+
+def test_unknown_flag_exits_with_2():
+    with pytest.raises(SystemExit) as error:
+        o3f.cli(["--sgima", "1"])
+    assert error.value.code == 2
+
+
+def test_missing_d4rl_names_the_command(monkeypatch, capsys):
+    find = o3f.importlib.util.find_spec
+    monkeypatch.setattr(o3f.importlib.util, "find_spec", lambda name: None if name == "d4rl" else find(name))
+    assert o3f.cli(["--env-id", "kitchen-partial-v0"]) == 2
+    assert "pip install --no-deps d4rl==1.1" in capsys.readouterr().err
+
+
+# ==== whole runs ============================================================================================
+def read_csv(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def check_run(folder, offline_steps, online_steps, log_every, eval_every, task):
+    """The outputs exist, and their numbers add up."""
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "metrics.csv", "episodes.csv", "summary.json", "curve.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    metrics, episodes = read_csv(folder / "metrics.csv"), read_csv(folder / "episodes.csv")
+    summary = json.loads((folder / "summary.json").read_text())
+    evals = [row for row in metrics if row["eval/score"]]
+    logs = [row for row in metrics if row["losses/vf"]]
+    steps = [s for s in range(1 - offline_steps, 1) if s % eval_every == 0 or s == 0]
+    steps += [s for s in range(1, online_steps + 1) if s % eval_every == 0 or s == online_steps]
+    assert [int(row["step"]) for row in evals] == steps
+    assert [int(row["step"]) for row in logs] == [s for s in range(1 - offline_steps, online_steps + 1) if s % log_every == 0]
+    scores = {int(row["step"]): float(row["eval/score"]) for row in evals}
+    assert summary["score_offline"] == scores[0] and summary["score_final"] == scores[online_steps]
+    assert summary["score_best"] == max(scores.values())
+    for row in evals:
+        assert float(row["eval/score"]) == pytest.approx(task.score(float(row["eval/return"])))
+    assert all(math.isfinite(float(row[name])) for row in logs for name in o3f.IQL.METRICS)
+    assert all((row["o3f/optimism"] != "") == (row["phase"] == "online") for row in logs)
+    ends = np.cumsum([int(row["length"]) for row in episodes])
+    assert ends.tolist() == [int(row["step"]) for row in episodes]
+    assert all(float(row["score"]) == pytest.approx(task.score(float(row["return"])), abs=1e-3) for row in episodes)
+    assert summary["status"] == "finished" and summary["last_step"] == online_steps
+    assert summary["offline_updates_per_s"] > 0 and summary["online_steps_per_s"] > 0
+    assert len(summary["dataset"]["sha256"]) == 64 and summary["versions"]["torch"] == torch.__version__
+    return metrics, episodes, summary
+
+
+@pytest.fixture(scope="module")
+def kitchen_run(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "kitchen"
+    run("--env-id", "kitchen-mixed-v0", "--dataset", files["good"], "--offline-steps", 60, "--online-steps", 300,
+        "--log-every", 20, "--eval-every", 150, "--eval-episodes", 2, "--hidden-dim", 32, "--run-dir", folder)
+    return folder
+
+
+def test_kitchen_run_end_to_end(kitchen_run, files):
+    task = o3f.get_task("kitchen-mixed-v0")
+    metrics, episodes, summary = check_run(kitchen_run, 60, 300, 20, 150, task)
+    assert len(episodes) == 1 and int(episodes[0]["length"]) == 280
+    assert summary["dataset"]["sha256"] == hashlib.sha256(Path(files["good"]).read_bytes()).hexdigest()
+    config = json.loads((kitchen_run / "config.json").read_text())
+    assert config["sigma"] == 0.05 and config["base"] == "iql"
+    assert {p.name for p in kitchen_run.glob("*.pt")} == {"agent_offline.pt", "agent_final.pt"}
+    optimism = [float(row["o3f/optimism"]) for row in metrics if row["o3f/optimism"]]
+    assert len(optimism) == 15 and min(optimism) > 0  # the best of 100 is above their average
+
+
+def test_locomotion_run_end_to_end_and_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    common = ["--env-id", "hopper-random-v2", "--dataset-size", 3000, "--log-every", 50, "--eval-every", 100,
+              "--eval-episodes", 3, "--hidden-dim", 32]
+    run(*common, "--offline-steps", 150, "--online-steps", 250, "--run-dir", tmp_path / "a")
+    out = capsys.readouterr().out
+    assert "the same (" in out and "3,000 rows" in out
+    metrics, episodes, _ = check_run(tmp_path / "a", 150, 250, 50, 100, o3f.get_task("hopper-random-v2"))
+    assert len(episodes) > 2
+
+    # From the saved agent: no offline phase, the same offline score, and then the very same online phase.
+    run(*common, "--online-steps", 100, "--load", tmp_path / "a/agent_offline.pt", "--run-dir", tmp_path / "b")
+    loaded = read_csv(tmp_path / "b/metrics.csv")
+    zero = lambda rows: [row for row in rows if row["step"] == "0" and row["eval/score"]]  # noqa: E731
+    assert zero(loaded) == zero(metrics) and min(int(row["step"]) for row in loaded) == 0
+    # A variant may differ in whatever does not shape the networks; task, base, rewards and sizes must match.
+    run(*common, "--online-steps", 5, "--load", tmp_path / "a/agent_final.pt", "--beta", 1, "--explore", "noise",
+        "--run-dir", tmp_path / "c")
+    assert not read_csv(tmp_path / "c/metrics.csv")[0]["o3f/optimism"]
+    for flags, words in ((["--num-critics", 3], "--num-critics 5, not 3"), (["--env-id", "walker2d-random-v2"], "--env-id")):
+        capsys.readouterr()
+        assert o3f.cli([str(x) for x in [*common, "--load", tmp_path / "a/agent_offline.pt", *flags]]) == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_saved_agent_acts_identically_and_learns_on_identically(tmp_path):
+    agent, batch = make_agent(dtype=torch.float32), o3f.Batch(*(x.float() for x in make_batch()))
+    for _ in range(3):
+        agent.update(batch)
+    args, rule = agent.args, o3f.Signal(2.0, -1.0, ())
+    o3f.save_agent(tmp_path / "x.pt", agent, args, rule, 0)
+    other = make_agent(dtype=torch.float32, seed=5)
+    assert o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.Signal(1.0, 0.0, ()), torch.device("cpu")) == rule
+    assert torch.equal(agent.policy(batch.observations, False), other.policy(batch.observations, False))
+    assert torch.equal(agent.update(batch), other.update(batch))  # Adam's moments came along
+    assert torch.equal(agent.update(batch), other.update(batch))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def run_metrics(tmp_path, name, dataset, *flags):
+    run("--env-id", "Pendulum-v1", "--dataset", dataset, "--offline-steps", 20, "--online-steps", 60, "--log-every", 10,
+        "--eval-episodes", 2, "--hidden-dim", 16, "--run-dir", tmp_path / name, *flags)
+    return [row for row in read_csv(tmp_path / name / "metrics.csv") if row["losses/vf"]]
+
+
+def test_seeds_and_independent_streams(tmp_path):
+    data = tmp_path / "p.hdf5"
+    o3f.collect_random("Pendulum-v1", 500, data)
+    first = run_metrics(tmp_path, "a", data)
+    assert first == run_metrics(tmp_path, "b", data)  # one seed, one result, to the last digit
+    assert first != run_metrics(tmp_path, "c", data, "--seed", 1)
+    assert first == run_metrics(tmp_path, "d", data, "--eval-every", 7)  # evaluating more changes nothing
+    o3f_rows, noise_rows = first, run_metrics(tmp_path, "e", data, "--explore", "noise")
+    assert [r for r in o3f_rows if int(r["step"]) <= 0] == [r for r in noise_rows if int(r["step"]) <= 0]
+
+
+def test_open_choices_run(tmp_path):
+    data = tmp_path / "p.hdf5"
+    o3f.collect_random("Pendulum-v1", 500, data)
+    first = run_metrics(tmp_path, "a", data)
+    variants = (["--reset-optimizer"], ["--rank-critics", "target"], ["--proposal", "mean"], ["--no-clip-candidates"],
+                ["--utd", 2], ["--offline-ratio", 0.5], ["--omega", 1], ["--buffer-size", 510])
+    for i, flags in enumerate(variants):
+        rows = run_metrics(tmp_path, f"v{i}", data, *flags)
+        assert len(rows) == len(first) and rows != first, flags
+    run_metrics(tmp_path, "last", data, "--eval-action", "optimistic", "--no-save")
+    score = lambda name: json.loads((tmp_path / name / "summary.json").read_text())["score_final"]  # noqa: E731
+    assert score("last") != score("a") and not list((tmp_path / "last").glob("*.pt"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_finishes_the_files(tmp_path):
+    o3f.collect_random("Pendulum-v1", 500, tmp_path / "p.hdf5")
+    command = [sys.executable, HERE / "o3f.py", "--env-id", "Pendulum-v1", "--dataset", tmp_path / "p.hdf5",
+               "--offline-steps", 20, "--online-steps", 1_000_000, "--log-every", 10, "--eval-episodes", 1,
+               "--hidden-dim", 16, "--run-dir", tmp_path / "run"]
+    process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and ",online" not in (
+            (tmp_path / "run/metrics.csv").read_text() if (tmp_path / "run/metrics.csv").exists() else ""):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["last_step"] > 0
+    assert {"curve.png", "agent_final.pt"} <= {p.name for p in (tmp_path / "run").iterdir()}
