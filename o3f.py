@@ -10,9 +10,9 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
                       π, Q₁…Q_m ← Update(π, Q, batch of D)              the very same Update
 
 An offline objective keeps the policy near its data, so by itself it tries nothing new; an objective that
-is changed at the switch shakes what was learned. O3F changes only which action is tried.
+is changed at the switch can destroy what was learned. O3F changes only which action is tried.
 
-Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is none: there we bootstrap)
+Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one: there we bootstrap)
            π policy   Q_j critic j of m   Q̂_j its slow copy   V state value   γ discount   κ expectile
            β inverse temperature   N, σ, ω candidates, their std, weight of the critics' std
 
@@ -34,7 +34,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import pickle
 import platform
 import runpy
 import shutil
@@ -62,7 +61,7 @@ from tqdm import tqdm
 # ==== 1. Flags ==============================================================================================
 @dataclass
 class Args:
-    """A default of None is the paper's value for the task family and base, from PRESETS."""
+    """Where PRESETS has the flag, a default of None is the paper's value for the task family and base."""
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"
@@ -78,28 +77,29 @@ class Args:
     save: bool = True
     """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
     load: str = ""
-    """start from this saved agent and skip the offline phase, so that variants share one pretraining"""
+    """start from this saved agent and skip the offline phase, so that variants share one pretraining; its
+    online rows do not come along, and beta, learning rate and so on are this run's"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
 
     # -- task and data --
     dataset: str = ""
-    """empty: the task's own file (cached, downloaded, or, *-random-v2, collected); random: collect uniform
-    actions; else the path of an HDF5 file in D4RL's layout"""
+    """empty: the task's own file, from D4RL's cache or else downloaded (*-random-v2: collected); random:
+    collect uniform actions; else the path of an HDF5 file in D4RL's layout"""
     dataset_size: int = 1_000_000
     """transitions, where data is collected (D4RL 1M); more = slower start, wider coverage"""
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
     """consistent: train on satisfied sub-tasks - 4, offline and online; stock: the file's rewards, then the
     environment's, which are two different functions. Scores are always the environment's"""
     reward_transform: Optional[Literal["none", "return_range", "minus_one"]] = None
-    """return_range: train on r * 1000 / (max - min episode return) (IQL, locomotion); minus_one: on r - 1
-    (IQL, antmaze). The dataset's constants, online too"""
+    """train on r * 1000 / (max - min episode return) (return_range: IQL, locomotion), on r - 1 (minus_one) or
+    on r (none: IQL, kitchen); with the dataset's constants, online too"""
 
     # -- both phases --
     offline_steps: int = 1_000_000
     """updates before the first environment step (papers 1M), logged as negative steps"""
     online_steps: int = 250_000
-    """environment steps of fine-tuning; ours: hours, and a fifth of the buffer beside 1M rows (IQL 1M)"""
+    """environment steps of fine-tuning. Ours: a fifth of the buffer beside D4RL's 1M rows (IQL's own: 1M)"""
     batch_size: Optional[int] = None
     """transitions per update (IQL 256); more = less noise, slower"""
     learning_rate: Optional[float] = None
@@ -123,11 +123,11 @@ class Args:
     omega: float = 0.0  # new in O3F
     """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
     proposal: Optional[Literal["sample", "mean"]] = None
-    """a, the centre of the candidates: a sample of the policy (IQL) or its deterministic action"""
+    """a, which all three ways to explore start from: a sample of the policy (IQL) or its mean"""
     rank_critics: Literal["online", "target"] = "online"
     """critics that score the candidates (paper silent); target = steadier, later to react"""
     clip_candidates: bool = True
-    """clip candidates to +-1 before they are scored and stored (paper silent)"""
+    """clip candidates to +-1 before they are scored, executed and stored (paper silent)"""
     utd: Optional[int] = None
     """updates per environment step (IQL 1); more = more learned per step, slower, less stable"""
     reset_optimizer: bool = False
@@ -146,7 +146,7 @@ class Args:
     exp_adv_max: float = 100.0
     """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
     actor_dropout: Optional[float] = None
-    """dropout rate of the actor in updates, never when acting (kitchen 0.1, else 0); more = smoother"""
+    """dropout rate of the actor in updates, never in acting (kitchen 0.1, else 0); more = regularises more"""
 
     # -- evaluation and output --
     eval_every: int = 10_000
@@ -156,7 +156,7 @@ class Args:
     eval_action: Literal["policy", "optimistic"] = "policy"
     """evaluate the policy's deterministic action (paper silent) or the optimistic one around it"""
     log_every: int = 1000
-    """steps between rows of metrics.csv, each the mean since the last; more = shorter files"""
+    """steps between rows of training metrics, each the mean since the last; more = shorter files"""
 
 
 # The papers' values by base, base/family and family; a flag that is given wins. "other", any environment
@@ -172,16 +172,10 @@ PRESETS = {
     "other": dict(sigma=0.2),
 }
 INF = float("inf")
-RANGES = {  # what each number has to hold, and how an error says so
-    "at least 1": (lambda v: 1 <= v < INF, "num_candidates num_critics batch_size hidden_dim utd eval_every "
-                                           "eval_episodes log_every dataset_size"),
-    "at least 0": (lambda v: 0 <= v < INF, "seed sigma beta offline_steps online_steps"),
-    "above 0": (lambda v: 0 < v < INF, "learning_rate exp_adv_max"),
-    "finite": (lambda v: -INF < v < INF, "omega"),
-    "in [0, 1)": (lambda v: 0 <= v < 1, "gamma actor_dropout"),
-    "in (0, 1)": (lambda v: 0 < v < 1, "expectile tau"),
-    "in [0, 1]": (lambda v: v is None or 0 <= v <= 1, "offline_ratio"),
-}
+LIMITS = {"omega": (-INF, INF)}  # smallest and largest value of a flag, 0 and INF where none is given
+LIMITS |= dict.fromkeys(("gamma", "tau", "expectile", "actor_dropout", "offline_ratio"), (0, 1))
+LIMITS |= dict.fromkeys(("num_candidates", "num_critics", "batch_size", "hidden_dim", "utd", "eval_every",
+                         "eval_episodes", "log_every", "dataset_size", "buffer_size"), (1, INF))
 
 
 class UserError(Exception):
@@ -189,22 +183,19 @@ class UserError(Exception):
 
 
 def resolve(args: Args, family: str) -> Args:
-    """Fill None from PRESETS and check RANGES. Raises: UserError naming flag, value and what is expected."""
+    """Fill None from PRESETS and check LIMITS. Raises: UserError naming flag, value and what is expected."""
     for key in (args.base, f"{args.base}/{family}", family):
         args = replace(args, **{name: v for name, v in PRESETS[key].items() if getattr(args, name) is None})
-    for expected, (holds, names) in RANGES.items():
-        for name in names.split():
-            if not holds(getattr(args, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {expected}")
+    for name, value in asdict(args).items():
+        low, high = LIMITS.get(name, (0, INF))
+        if type(value) in (int, float) and not (low <= value <= high and abs(value) < INF):
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}")
     return args
 
 
 # ==== 2. Networks ===========================================================================================
 class EnsembleLinear(nn.Module):
-    """m independent linear layers in one batched product, (m, B, in) -> (m, B, out).
-
-    They share neither weights nor gradients; one large product is just faster than m small ones.
-    """
+    """m linear layers that share nothing, in one batched product: (m, B, in) -> (m, B, out)."""
 
     def __init__(self, m: int, in_dim: int, out_dim: int):
         super().__init__()
@@ -241,10 +232,7 @@ class Critics(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """π(a|s) = N(tanh(MLP(s)), diag(std²)): one learned log-std per action dimension, equal in all states.
-
-    Only the mean is squashed: a sample may leave the ±1 box, and is clipped where it is drawn.
-    """
+    """π(a|s) = N(tanh(MLP(s)), diag(std²)), one learned log-std per action dimension for all states."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, dropout: float):
         super().__init__()
@@ -259,7 +247,7 @@ class GaussianActor(nn.Module):
 def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
     """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V."""
     # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
-    # the mean of Q over the data's actions, near the best of them, and needs no action outside.
+    # the mean of Q over the data's actions, near the best of them, without querying any action outside.
     return ((expectile - (u < 0).to(u.dtype)).abs() * u**2).mean()
 
 
@@ -305,7 +293,7 @@ def optimistic_action(  # new in O3F: this function is all that the paper adds t
     q = q_ensemble(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))  # (m, B, N)
     q_mean = q.mean(0)
     score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2; this std divides by m, not m − 1
-    best = score.argmax(1, keepdim=True)  # new in O3F: a_t; (B, 1), and it stays on the device
+    best = score.argmax(1, keepdim=True)  # new in O3F: a_t, as an index (B, 1) on the device
     chosen = candidates.gather(1, best[..., None].expand(B, 1, A)).squeeze(1)
     return chosen, q_mean.gather(1, best).squeeze(1) - q_mean.mean(1)
 
@@ -324,7 +312,8 @@ class Batch(NamedTuple):
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
 
-    A base is METRICS, make_optimizers, update, policy, q_values: the rest of the file knows no more of it.
+    A base is __init__, METRICS, make_optimizers (giving optimizers), update, policy and q_values: the rest of
+    this file knows no more of it.
     """
 
     METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
@@ -367,7 +356,7 @@ class IQL(nn.Module):
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks wait for the GPU
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # its checks wait for a GPU
         actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
         # Critics: every one regresses on the same r + γ(1 − d)·V(s') (IQL Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
@@ -405,14 +394,12 @@ AGENTS = {"iql": IQL}
 def explore_action(agent: IQL, obs: torch.Tensor, args: Args, generator: Optional[torch.Generator] = None):
     """The action to execute in fine-tuning, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
-    if args.explore == "o3f":
-        q_ensemble = functools.partial(agent.q_values, target=args.rank_critics == "target")
-        return optimistic_action(obs, action, q_ensemble, args.num_candidates, args.sigma,  # new in O3F
-                                 args.omega, args.clip_candidates, generator)
-    if args.explore == "noise":  # the paper's baseline: the same spread without a direction
-        noise = torch.randn(action.shape, device=obs.device, generator=generator)
-        action = (action + args.sigma * noise).clamp(-1.0, 1.0)
-    return action, torch.zeros_like(action[:, 0])
+    if args.explore == "policy":
+        return action, torch.zeros_like(action[:, 0])
+    n = args.num_candidates if args.explore == "o3f" else 1  # N = 1, no choice: the noise baseline
+    q_ensemble = functools.partial(agent.q_values, target=args.rank_critics == "target")
+    return optimistic_action(  # new in O3F
+        obs, action, q_ensemble, n, args.sigma, args.omega, args.clip_candidates, generator)
 
 
 # ==== 6. Replay buffer ======================================================================================
@@ -459,7 +446,7 @@ class Task:
 
     family: str  # locomotion, kitchen or other
     gym_id: str = ""  # for gymnasium.make; empty where the environment is this file's own
-    low: float = 0.0  # returns that score 0 and 100 (d4rl's infos.py); as they are, score = return
+    low: float = 0.0  # returns that score 0 and 100 (d4rl's infos.py); by default the score is the return
     high: float = 100.0
     targets: tuple[str, ...] = ()  # the kitchen's sub-tasks
 
@@ -473,7 +460,8 @@ ROBOTS = {  # -v4, not -v5: v5 changed Walker2d's foot friction and the healthy 
     "hopper": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
     "walker2d": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3)}
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-TASKS = {f"{robot}-{level}-v{v}": ROBOTS[robot] for v in (2, 1, 0) for robot in ROBOTS for level in LEVELS}
+TASKS = {f"{robot}-{level}-v{v}": ROBOTS[robot] for v in (2, 1, 0) for robot in ROBOTS for level in LEVELS
+         if (v, level) != (0, "full-replay")}  # as in d4rl's table
 KITCHEN = Task("kitchen", "", 0.0, 4.0, ("microwave", "kettle", "light switch", "slide cabinet"))
 MIXED = replace(KITCHEN, targets=("microwave", "kettle", "bottom burner", "light switch"))
 TASKS |= {"kitchen-complete-v0": KITCHEN, "kitchen-partial-v0": KITCHEN, "kitchen-mixed-v0": MIXED}
@@ -510,7 +498,7 @@ def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.En
             warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
             env = gym.make(task.gym_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as e:  # an optional package is missing, mostly; gymnasium says which
-        raise UserError(f"--env-id {env_id}: gymnasium cannot make it: {str(e).splitlines()[0]}") from e
+        raise UserError(f"--env-id {env_id}: gymnasium cannot make it: {e}") from e
     spaces = env.observation_space, env.action_space
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not flat or not np.isfinite([spaces[1].low, spaces[1].high]).all():
@@ -616,21 +604,12 @@ class KitchenEnv(gym.Env):
         self.renderer.update_scene(self.data, camera)
         return self.renderer.render()
 
-    def close(self) -> None:
-        if self.renderer:
-            self.renderer.close()
-            self.renderer = None
-
 
 # ==== 8. Data ===============================================================================================
-# (bytes, sha256) where they have been reported: another file under such a name is refused.
-KNOWN_FILES = {
-    "kitchen_microwave_kettle_bottomburner_light-v0.hdf5":
-        (19_560_760, "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b"),
-    "kitchen_microwave_kettle_light_slider-v0.hdf5":
-        (19_558_459, "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800"),
-    "mini_kitchen_microwave_kettle_light_slider-v0.hdf5":
-        (556_544, "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"),
+KNOWN_SHA256 = {  # where it has been reported: a download that differs is refused
+    "kitchen-mixed-v0": "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
+    "kitchen-partial-v0": "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
+    "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
 }
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # MuJoCo's v2 files, official names
 
@@ -653,7 +632,7 @@ def find_dataset(args: Args) -> Path:
         if (cache / name).is_file():
             return cache / name
         if urls:
-            return download([*urls, MIRROR + name], cache / name)
+            return download([*urls, MIRROR + name], cache / name, KNOWN_SHA256.get(args.env_id))
     path = cache / f"{args.env_id.replace('/', '-')}.collected-uniform-{args.dataset_size}.hdf5"
     if not path.is_file():
         collect_random(args.env_id, args.dataset_size, path)
@@ -661,7 +640,7 @@ def find_dataset(args: Args) -> Path:
     return path
 
 
-def download(urls: list[str], path: Path) -> Path:
+def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
     """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
     part, failures = path.with_name(path.name + ".part"), []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -671,20 +650,21 @@ def download(urls: list[str], path: Path) -> Path:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=8) as response:
                 have = have if response.status == 206 else 0  # 200: this server starts over
-                total = have + int(response.headers.get("Content-Length", 0)) or None
-                bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name)
-                with open(part, "ab" if have else "wb") as file, bar:
-                    while chunk := response.read(1 << 20):
-                        bar.update(file.write(chunk))
+                length = response.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
+                with open(part, "ab" if have else "wb") as file, bar as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
             if total and part.stat().st_size != total:
                 raise OSError(f"broke off after {part.stat().st_size} of {total} bytes: run again to resume")
-            if path.name in KNOWN_FILES and KNOWN_FILES[path.name] != (part.stat().st_size, sha256(part)):
+            if digest and sha256(part) != digest:
                 part.unlink()
-                raise UserError(f"{url}: size or sha256 is not the known one of {path.name}, the copy was "
-                                "removed: try later, or give a file that you trust by --dataset FILE")
+                raise OSError("its sha256 is not the known one, the copy was removed")
             return part.replace(path)
         except OSError as e:  # URLError, HTTPError and time-outs among them
             failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
+            if getattr(e, "code", None) == 416:  # there is no rest to fetch: what we have is something else
+                part.unlink()
     raise UserError(f"no source for {path.name}: not in {path.parent}; {'; '.join(failures)}. Ways on: "
                     "--dataset FILE (your copy), --dataset random (uniform actions), or plain python o3f.py")
 
@@ -719,21 +699,22 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
 def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
     """Read and check a file in D4RL's layout. Raises: UserError with what was found and what is needed."""
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), terminals=(), timeouts=())
+    raw = {}
     try:
         with h5py.File(path, "r") as file:
-            columns = {name: file[name] for name in shapes if isinstance(file.get(name), h5py.Dataset)}
-            if not set(columns) >= set(shapes) - {"timeouts"}:
-                raise UserError(f"{path.name}: found the keys {', '.join(file) or '(none)'}; needs "
+            if not set(shapes) - {"timeouts"} <= set(file):
+                raise UserError(f"{path.name}: found the keys {', '.join(file) or '(none)'}, needs "
                                 f"{', '.join(shapes)} (the last is optional)")
-            rows = columns["observations"].shape[:1]
-            for name, column in columns.items():
-                if column.shape != rows + shapes[name] or column.dtype.kind not in "fiub" or rows < (2,):
-                    raise UserError(f"{path.name}: {name} is {column.dtype} {column.shape}; this task needs "
-                                    f"numbers, {(*rows, *shapes[name])}, 2 rows or more")
-            raw = {name: column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
-                   for name, column in columns.items()}
+            rows = getattr(file["observations"], "shape", ())[:1]
+            for name, column in ((name, file[name]) for name in shapes if name in file):
+                if getattr(column, "shape", None) != rows + shapes[name] or column.dtype.kind not in "fiub":
+                    raise UserError(f"{path.name}: {name} is {column}; this task needs numbers of shape "
+                                    f"{(*rows, *shapes[name])}")
+                raw[name] = column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
     except (OSError, RuntimeError) as e:
         raise UserError(f"{path}: not a whole HDF5 file ({e}); download or write it again") from e
+    if rows < (2,):
+        raise UserError(f"{path.name}: {rows[0]} rows, needs 2 or more")
     for name in ("observations", "actions", "rewards"):
         if (bad := ~np.isfinite(raw[name].reshape(*rows, -1)).all(1)).any():
             raise UserError(f"{path.name}: {name} has NaN or inf in {bad.sum()} rows, the first is row "
@@ -744,23 +725,25 @@ def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
     return raw
 
 
-def to_transitions(raw: dict[str, np.ndarray], horizon: int) -> dict[str, np.ndarray]:
+def mark_time_limits(terminals: np.ndarray, horizon: int) -> np.ndarray:
+    """Time limits of a file that does not mark them: every horizon-th row of an episode, bool (rows,)."""
+    # d4rl counts from 1 after a terminal, from 0 after a limit: a quirk that we copy to get its arrays.
+    limits, start, count = np.zeros_like(terminals), 0, 0
+    for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):  # per episode, not per row
+        limits[start + horizon - 1 - count : end + 1 : horizon] = True
+        start, count = end + 1, int(not limits[end])
+    return limits
+
+
+def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows of a file -> transitions (keys of Batch), the same arrays as d4rl.qlearning_dataset.
 
     s' of row t is row t+1's observation. So the last row goes, and each row at a time limit, whose successor
     is another episode's. A terminal row stays: its successor is as wrong, but 1 − d = 0 takes it out.
     """
-    drop, terminals = raw.get("timeouts"), raw["terminals"]
-    if drop is None:
-        # Old files do not mark time limits: every horizon-th row of an episode is one. d4rl counts from 1
-        # after a terminal but from 0 after a limit; so do we: the same arrays are worth more than sense.
-        drop, start, count = np.zeros_like(terminals), 0, 0
-        for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):  # per episode, not per row
-            drop[start + horizon - 1 - count : end + 1 : horizon] = True
-            start, count = end + 1, int(not drop[end])
-    keep = np.flatnonzero(~drop[:-1])
+    keep = np.flatnonzero(~raw["timeouts"][:-1])
     data = {name: raw[name][keep] for name in ("observations", "actions", "rewards")}
-    return data | {"next_observations": raw["observations"][keep + 1], "terminations": terminals[keep]}
+    return data | {"next_observations": raw["observations"][keep + 1], "terminations": raw["terminals"][keep]}
 
 
 class Signal(NamedTuple):
@@ -785,15 +768,16 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     """Find, check, convert: transitions (keys of Batch), their Signal, and facts for summary.json."""
     path = find_dataset(args)
     raw = load_hdf5(path, env.observation_space.shape[0], env.action_space.shape[0])
-    limits = raw["terminals"] | raw.get("timeouts", False)  # ends of episodes of either kind
-    returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, limits[:-1])), dtype=np.float64)
-    print(reward_check(raw, limits, task, args))
-    values = np.unique(raw["rewards"])
-    values = ", ".join(f"{v:g}" for v in values) if len(values) < 7 else f"{values[0]:.3g}…{values[-1]:.3g}"
     targets = task.targets if args.kitchen_rewards == "consistent" else ()
     if targets:  # a kitchen file calls each demonstration's last row terminal, solved or not: a time limit
-        raw |= {"timeouts": limits, "terminals": np.zeros_like(limits)}
-    data = to_transitions(raw, 280 if task.family == "kitchen" else env.spec.max_episode_steps or len(limits))
+        raw["timeouts"] = raw["terminals"] | raw.get("timeouts", False)
+        raw["terminals"] = np.zeros_like(raw["timeouts"])
+    elif "timeouts" not in raw:
+        horizon = 280 if task.family == "kitchen" else env.spec.max_episode_steps or len(raw["terminals"])
+        raw["timeouts"] = mark_time_limits(raw["terminals"], horizon)
+    data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
+    returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
+    print(reward_check(raw, ends, task, args))
 
     scale, shift = 1.0, -1.0 if args.reward_transform == "minus_one" else 0.0
     if args.reward_transform == "return_range":
@@ -804,61 +788,64 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     signal = Signal(scale, shift, targets)
     columns = ("observations", "rewards", "next_observations", "terminations")
     data["rewards"], data["terminations"] = (x.astype(np.float32) for x in signal(*map(data.get, columns)))
-    facts = {"file": path.name, "sha256": sha256(path), "rows": len(limits), "episodes": len(returns),
+    data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
+    facts = {"file": path.name, "sha256": sha256(path), "rows": len(ends), "episodes": len(returns),
              "transitions": len(data["rewards"]), "return_min": returns.min(), "return_mean": returns.mean(),
              "return_max": returns.max(), "reward_scale": scale, "reward_shift": shift}
-    print(f"data: {path.name}: {len(limits):,} rows, {len(returns):,} episodes, return min/mean/max "
-          f"{returns.min():.1f}/{returns.mean():.1f}/{returns.max():.1f}, rewards {values}; dropped "
-          f"{len(limits) - facts['transitions']:,} rows without successor; {data['terminations'].sum():.0f} "
+    values = np.unique(raw["rewards"])
+    values = ", ".join(f"{v:g}" for v in values) if len(values) < 7 else f"{values[0]:.3g}…{values[-1]:.3g}"
+    print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
+          "{return_mean:.1f}/{return_max:.1f}, ".format(**facts) + f"rewards {values}; dropped "
+          f"{len(ends) - len(data['rewards']):,} rows without successor; {data['terminations'].sum():.0f} "
           f"true ends; trained on {scale:.4g}·r{shift:+g}")
     return data, signal, facts
 
 
-def reward_check(raw: dict[str, np.ndarray], limits: np.ndarray, task: Task, args: Args) -> str:
+def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, args: Args) -> str:
     """One line: do the file and the environment pay the same reward?"""
     obs, rewards = raw["observations"], raw["rewards"]
     if task.family == "kitchen":
-        rows = np.mean(rewards == kitchen_satisfied(obs, task.targets))
-        episodes = np.split(obs, np.flatnonzero(limits) + 1)
+        episodes = np.split(obs, np.flatnonzero(ends) + 1)
         once = sum(kitchen_done(episode, target).any() for episode in episodes for target in task.targets)
-        return (f"rewards: NOT the same: the file pays the satisfied sub-tasks ({rows:.0%} of its rows), "
-                f"{rewards.sum():.0f} in all, the environment +1 once each, which is {once}. Trained on: " + (
-                    "satisfied - 4 for both" if args.kitchen_rewards == "consistent" else
-                    "both as they are, a warning (--kitchen-rewards stock)"))
+        trained = "satisfied sub-tasks - 4" if args.kitchen_rewards == "consistent" else "both as they are"
+        return (f"rewards: {'the same' if rewards.sum() == once else 'NOT the same'}: the file pays "
+                f"{rewards.sum():.0f} in all, +1 once per sub-task makes {once}; trained on: {trained}")
     if task.family == "other":
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
     # A locomotion observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
-    env, errors = make_env(args.env_id).unwrapped, [0.0]
+    env, errors = make_env(args.env_id).unwrapped, []
     env.reset(seed=0)
     for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
         qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
-        if np.abs(qvel).max() < 10:  # beyond, two of the three robots do not show it
+        if np.abs(qvel).max() < 10:  # Hopper and Walker2d hide what is faster, it cannot be restored
             env.set_state(qpos, qvel)
             errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
-    return (f"rewards: {'the same' if max(errors) < 1e-2 else 'NOT the same; is this the right file?'} "
-            f"({len(errors) - 1} rows replayed in {task.gym_id}, largest difference {max(errors):.1e})")
+    worst = max(errors, default=float("nan"))
+    return (f"rewards: {'the same' if worst < 1e-2 else 'NOT the same; is this the right file?'} "
+            f"({len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e})")
 
 
 # ==== 9. Evaluation =========================================================================================
+EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return".split())
+
+
 @torch.no_grad()
 def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: Args, seed: int) -> dict:
     """One episode in each environment, side by side, with a single policy call per step for all of them.
 
     Always from the same seeds, so that a change of the score is the policy's and not the draw's. q_start is
-    mean Q at the first states, discounted_return what the episodes then gave of the reward trained on (up to
-    the time limit): while q_start moves, or the two lie far apart, the critics have not converged.
+    mean Q at the first states, discounted_return what the episodes then gave of the reward trained on, up to
+    the time limit: while q_start still moves, or lies far off, the critics are not to be trusted.
     """
     n, device = len(envs), next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    args = replace(args, proposal="mean", explore="o3f" if args.eval_action == "optimistic" else "policy")
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
     while len(running):
         obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
-        actions = agent.policy(obs_tensor, sample=False)
+        actions, _ = explore_action(agent, obs_tensor, args, generator)
         q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
-        if args.eval_action == "optimistic":
-            actions, _ = optimistic_action(obs_tensor, actions, agent.q_values, args.num_candidates,
-                                           args.sigma, args.omega, args.clip_candidates, generator)
         steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
         next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
         train_rewards, _ = signal(obs[running], rewards, next_obs, terminated)
@@ -869,7 +856,7 @@ def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: 
         running = running[~(terminated | truncated)]
     scores = task.score(returns)
     values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean()
-    return dict(zip(RunLog.EVALS, map(float, values)))
+    return dict(zip(EVALS, map(float, values)))
 
 
 # ==== 10. Files =============================================================================================
@@ -882,25 +869,22 @@ def save_agent(path: Path, agent: IQL, args: Args, signal: Signal, step: int) ->
     part.replace(path)
 
 
-def load_agent(path: str, agent: IQL, args: Args, signal: Signal, device: torch.device) -> Signal:
-    """Restore an agent in place; returns the signal with the constants that its critics were trained on.
-
-    Raises: UserError where the file is no saved agent, or one of another task, base or size.
-    """
+def load_agent(path: str, agent: IQL, args: Args, signal: Signal, device: torch.device) -> None:
+    """Restore an agent in place. Raises: UserError where it is none, or of another task, base or size."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)  # data only, no code
-        for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim"):
-            if saved["args"][name] != getattr(args, name):
-                raise UserError(f"--load {path}: it was trained with --{name.replace('_', '-')} "
-                                f"{saved['args'][name]}, not {getattr(args, name)}; change one or the other")
-        agent.load_state_dict(saved["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-            optimizer.param_groups[0]["lr"] = args.learning_rate
-        return Signal(*saved["signal"], signal.targets)
-    except (OSError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"--load {path}: no saved agent for this task ({str(e).splitlines()[0]}); give "
-                        "a file that --save wrote") from e
+        saved = torch.load(path, map_location=device, weights_only=True)  # data only: runs no code of it
+        then = saved["args"] | {"reward scale and shift": saved["signal"]}
+    except Exception as e:  # torch.load has many ways to fail
+        raise UserError(f"--load {path}: no saved agent ({e}); give one that --save wrote") from e
+    now = asdict(args) | {"reward scale and shift": list(signal[:2])}
+    for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "reward scale and shift"):
+        if then[name] != now[name]:
+            raise UserError(f"--load {path}: trained with {name} {then[name]}, this run has {now[name]}: "
+                            "change one or the other")
+    agent.load_state_dict(saved["agent"])
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][name])
+        optimizer.param_groups[0]["lr"] = args.learning_rate
 
 
 class RunLog:
@@ -909,19 +893,25 @@ class RunLog:
     Metrics of updates and actions are summed on the device by `add`; `write` is the only copy to the host.
     """
 
-    EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return".split())
-
-    def __init__(self, folder: Path, args: Args, metrics: tuple[str, ...]):
+    def __init__(self, args: Args, metrics: tuple[str, ...]):
+        """Raises: UserError where the folder is in use or cannot be written to."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
+        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
+            (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        except OSError as e:
+            raise UserError(f"--run-dir {folder}: cannot be written to ({e}); choose another folder") from e
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
         self.folder, self.writer = folder, SummaryWriter(str(folder))
-        self.files = [open(folder / name, "w", newline="") for name in ("metrics.csv", "episodes.csv")]
-        self.metrics = csv.DictWriter(self.files[0], ["step", "phase", *self.EVALS, *metrics])
+        self.files = [open(folder / name, "w", 1, newline="") for name in ("metrics.csv", "episodes.csv")]
+        self.metrics = csv.DictWriter(self.files[0], ["step", "phase", *EVALS, *metrics])
         self.episodes = csv.DictWriter(self.files[1], ["step", "return", "score", "length"])
         self.metrics.writeheader()
         self.episodes.writeheader()
@@ -949,12 +939,10 @@ class RunLog:
         self.metrics.writerow({"step": step, "phase": phase, **values})
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.files[0].flush()
 
     def episode(self, step: int, episode_return: float, score: float, length: int) -> None:
         self.episodes.writerow({"step": step, "return": episode_return, "score": score, "length": length})
         self.writer.add_scalar("train/score", score, step)
-        self.files[1].flush()
 
     def finish(self, title: str, facts: dict, offline_updates: int, online_steps: int) -> dict:
         """Write summary.json and curve.png, close the files; returns the summary."""
@@ -1008,27 +996,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(next(kind for kind in here if here[kind]) if name == "auto" else name)
 
 
-def pick_run_dir(args: Args) -> Path:
-    """The run's folder, not made yet. Raises: UserError where it is in use or cannot be made."""
-    now = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}-{now}-{os.getpid()}"
-    folder = Path(args.run_dir or f"runs/{name}")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--run-dir {folder}: {parent} is no folder that can be written to; choose another")
-    return folder
-
-
 def main(args: Args) -> dict:
     """Set-up, offline phase, online phase, files; returns the summary."""
     task = get_task(args.env_id)
     args = resolve(args, task.family)
-    device, folder = pick_device(args.device), pick_run_dir(args)
+    device = pick_device(args.device)
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UserError("--track: package wandb is missing: pip install wandb")
-    # Independent streams: other evaluations or candidates change neither the batches nor the environment.
+    # Independent streams of random draws: evaluating more often, say, changes nothing in training.
     explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     explore_generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: initial weights, batches, dropout, and nothing else
@@ -1043,10 +1018,10 @@ def main(args: Args) -> dict:
     agent = AGENTS[args.base](env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
     agent.make_optimizers()
     if args.load:
-        signal = load_agent(args.load, agent, args, signal, device)
+        load_agent(args.load, agent, args, signal, device)
     buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
-    log = RunLog(folder, args, (*agent.METRICS, "o3f/optimism"))
-    print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
+    log = RunLog(args, (*agent.METRICS, "o3f/optimism"))
+    print(f"run: {log.folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
 
     def evaluation(step: int, phase: str) -> None:
         results = evaluate(agent, eval_envs, signal, task, args, eval_seed)
@@ -1054,13 +1029,14 @@ def main(args: Args) -> dict:
         log.lap("evaluation")
         bar.set_postfix(score=f"{results['eval/score']:.1f}")
         tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
-                   "came true {:.1f}".format(phase, step, *results.values()))
+                   "discounted return {:.1f}".format(phase, step, *results.values()))
 
     status, step, first = "finished", 0, 1 if args.load else 1 - args.offline_steps
     log.lap("set-up")
     try:
         # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
-        with tqdm(range(first, 1), desc="offline", unit="update") as bar:
+        progress = functools.partial(tqdm, mininterval=1.0, disable=None)  # no bar where there is no terminal
+        with progress(range(first, 1), desc="offline", unit="update") as bar:
             for step in bar:
                 log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size)))
                 log.lap("offline update")
@@ -1070,13 +1046,13 @@ def main(args: Args) -> dict:
                     evaluation(step, "offline")
             evaluation(0, "offline")
         if args.save and not args.load:
-            save_agent(folder / "agent_offline.pt", agent, args, signal, 0)
+            save_agent(log.folder / "agent_offline.pt", agent, args, signal, 0)
 
         # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
         if args.reset_optimizer:
             agent.make_optimizers()
         obs, _ = env.reset(seed=env_seed)
-        with tqdm(range(1, args.online_steps + 1), desc="online", unit="step") as bar:
+        with progress(range(1, args.online_steps + 1), desc="online", unit="step") as bar:
             for step in bar:
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
                 action, gain = explore_action(agent, obs_tensor, args, explore_generator)
@@ -1098,7 +1074,7 @@ def main(args: Args) -> dict:
                     episode_return = info["episode"]["r"]  # of raw rewards
                     log.episode(step, episode_return, task.score(episode_return), info["episode"]["l"])
                     obs, _ = env.reset()
-                if step % args.log_every == 0:
+                if step % args.log_every == 0 or step == args.online_steps:
                     log.write(step, "online")
                 if step % args.eval_every == 0 or step == args.online_steps:
                     evaluation(step, "online")
@@ -1106,14 +1082,12 @@ def main(args: Args) -> dict:
         status = "interrupted"
         print(f"\ninterrupted at step {step}: finishing the files", file=sys.stderr)
     if args.save:
-        save_agent(folder / "agent_final.pt", agent, args, signal, step)
+        save_agent(log.folder / "agent_final.pt", agent, args, signal, step)
     title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
-    names = ("env_id", "base", "explore", "seed", "load", "eval_episodes")
-    facts = {name: getattr(args, name) for name in names}
-    facts |= {"status": status, "last_step": step, "dataset": data_facts, **provenance(device)}
-    summary = log.finish(title, facts, min(step, 0) - first + 1, max(step, 0))
+    facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
+    summary = log.finish(title, facts | provenance(device), min(step, 0) - first + 1, max(step, 0))
     print(f"score: offline {summary['score_offline']}, final {summary['score_final']}, best "
-          f"{summary['score_best']}; files in {folder}")
+          f"{summary['score_best']}; files in {log.folder}")
     return summary
 
 
@@ -1122,7 +1096,7 @@ def cli(argv: Optional[list[str]] = None) -> int:
     try:
         return 0 if main(tyro.cli(Args, args=argv, description=__doc__))["status"] == "finished" else 130
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
         return 2
     except KeyboardInterrupt:  # before there was anything to finish
         return 130

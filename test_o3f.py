@@ -377,7 +377,8 @@ def test_transitions_against_a_row_by_row_reference(with_timeouts, with_terminal
                "actions": rng.normal(size=(n, 2)), "terminals": (rng.random(n) < 0.15) & with_terminals}
         if with_timeouts:
             raw["timeouts"] = rng.random(n) < 0.15
-        data, kept = o3f.to_transitions(raw, int(horizon)), rows_one_by_one(raw, horizon)
+        kept = rows_one_by_one(raw, horizon)
+        data = o3f.to_transitions({"timeouts": o3f.mark_time_limits(raw["terminals"], int(horizon)), **raw})
         assert np.array_equal(data["observations"], raw["observations"][kept])
         assert np.array_equal(data["next_observations"], raw["observations"][[t + 1 for t in kept]])
         assert np.array_equal(data["actions"], raw["actions"][kept])
@@ -484,7 +485,7 @@ def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monke
     # Each kept row's successor is what the environment does from it: put it back into the state and step.
     env = o3f.make_env("hopper-random-v2").unwrapped
     env.reset(seed=0)
-    data = o3f.to_transitions(raw, 1000)
+    data = o3f.to_transitions(raw)
     for t in range(0, 2500, 97):
         if data["terminations"][t] or np.abs(data["observations"][t, 5:]).max() >= 10:
             continue
@@ -525,19 +526,17 @@ def file_server(content, cut=False):
 
 def test_download_resumes_checks_and_names_every_source(tmp_path, monkeypatch):
     content = np.random.default_rng(0).bytes(300_000)
-    monkeypatch.setitem(o3f.KNOWN_FILES, "a.hdf5", (len(content), hashlib.sha256(content).hexdigest()))
     with file_server(content, cut=True) as url:
         # First try: broken off half-way, the half is kept. The second source is asked for the rest at once.
-        path = o3f.download([url + "a.hdf5", url + "mirror/a.hdf5"], tmp_path / "a.hdf5")
+        path = o3f.download([url + "a.hdf5", url + "mirror/a.hdf5"], tmp_path / "a.hdf5", hashlib.sha256(content).hexdigest())
         assert path.read_bytes() == content and Files.ranges == [0, 150_000]
         assert [p.name for p in tmp_path.iterdir()] == ["a.hdf5"]
         with pytest.raises(o3f.UserError, match=r"broke off after 150000 of 300000.*Ways on: --dataset FILE"):
             o3f.download([url + "b.hdf5"], tmp_path / "b.hdf5")
         assert (tmp_path / "b.hdf5.part").stat().st_size == 150_000 and not (tmp_path / "b.hdf5").exists()
-    monkeypatch.setitem(o3f.KNOWN_FILES, "c.hdf5", (len(content), "0" * 64))
     with file_server(content) as url:
-        with pytest.raises(o3f.UserError, match="sha256 is not the known one"):
-            o3f.download([url + "c.hdf5"], tmp_path / "c.hdf5")
+        with pytest.raises(o3f.UserError, match="sha256 is not the known one.*Ways on: --dataset FILE"):
+            o3f.download([url + "c.hdf5"], tmp_path / "c.hdf5", "0" * 64)
     assert not list(tmp_path.glob("c.hdf5*"))
     with pytest.raises(o3f.UserError, match=r"no source for d\.hdf5.*http://127\.0\.0\.1:1/x.*http://127\.0\.0\.1:1/y"):
         o3f.download(["http://127.0.0.1:1/x", "http://127.0.0.1:1/y"], tmp_path / "d.hdf5")
@@ -751,23 +750,23 @@ BAD_FLAGS = [
     (["--env-id", "kitchen-mixd-v0"], "did you mean kitchen-mixed-v0"),
     (["--env-id", "CartPole-v1", "--dataset", "random"], "needs a flat Box"),
     (["--env-id", "Pendulum-v1"], "--dataset random"),
-    (["--sigma", "-1"], "--sigma -1.0: give a number at least 0"),
+    (["--sigma", "-1"], "--sigma -1.0: give a number from 0 to inf"),
     (["--sigma", "nan"], "--sigma nan"),
-    (["--num-candidates", "0"], "--num-candidates 0: give a number at least 1"),
-    (["--expectile", "1"], "--expectile 1.0"),
+    (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to inf"),
+    (["--expectile", "1.5"], "--expectile 1.5"),
     (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
     (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
-    (["--run-dir", "{file}/x"], "no folder that can be written to"),
-    (["--run-dir", "{used}"], "not empty"),
+    (["--run-dir", "{file}/x", "--dataset", "{good}"], "cannot be written to"),
+    (["--run-dir", "{used}", "--dataset", "{good}"], "not empty"),
     (["--load", "{file}", "--dataset", "{good}"], "no saved agent"),
     (["--load", "missing.pt", "--dataset", "{good}"], "no saved agent"),
     (["--batch-size", "100000", "--dataset", "{good}"], "more than the dataset's"),
     (["--buffer-size", "10", "--dataset", "{good}"], "more than the dataset's"),
     (["--dataset", "{file}"], "not a whole HDF5 file"),
     (["--dataset", "{cut}"], "not a whole HDF5 file"),
-    (["--dataset", "{no_rewards}"], "needs observations, actions, rewards"),
-    (["--dataset", "{narrow}"], "observations is float64 (320, 11)"),
-    (["--dataset", "{short}"], "rewards is float64 (319,)"),
+    (["--dataset", "{no_rewards}"], "needs observations, actions, rewards, terminals"),
+    (["--dataset", "{narrow}"], '"observations": shape (320, 11)'),
+    (["--dataset", "{short}"], '"rewards": shape (319,)'),
     (["--dataset", "{words}"], "this task needs numbers"),
     (["--dataset", "{nan}"], "observations has NaN or inf in 2 rows, the first is row 7"),
     (["--dataset", "{big}"], "actions reach 2"),
@@ -898,7 +897,7 @@ def test_locomotion_run_end_to_end_and_load(tmp_path, monkeypatch, capsys):
     run(*common, "--online-steps", 5, "--load", tmp_path / "a/agent_final.pt", "--beta", 1, "--explore", "noise",
         "--run-dir", tmp_path / "c")
     assert not read_csv(tmp_path / "c/metrics.csv")[0]["o3f/optimism"]
-    for flags, words in ((["--num-critics", 3], "--num-critics 5, not 3"), (["--env-id", "walker2d-random-v2"], "--env-id")):
+    for flags, words in ((["--num-critics", 3], "num_critics 5, this run has 3"), (["--env-id", "walker2d-random-v2"], "env_id")):
         capsys.readouterr()
         assert o3f.cli([str(x) for x in [*common, "--load", tmp_path / "a/agent_offline.pt", *flags]]) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
@@ -911,7 +910,9 @@ def test_saved_agent_acts_identically_and_learns_on_identically(tmp_path):
     args, rule = agent.args, o3f.Signal(2.0, -1.0, ())
     o3f.save_agent(tmp_path / "x.pt", agent, args, rule, 0)
     other = make_agent(dtype=torch.float32, seed=5)
-    assert o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.Signal(1.0, 0.0, ()), torch.device("cpu")) == rule
+    with pytest.raises(o3f.UserError, match="reward scale and shift"):  # its critics know another reward
+        o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.Signal(1.0, 0.0, ()), torch.device("cpu"))
+    o3f.load_agent(str(tmp_path / "x.pt"), other, args, rule, torch.device("cpu"))
     assert torch.equal(agent.policy(batch.observations, False), other.policy(batch.observations, False))
     assert torch.equal(agent.update(batch), other.update(batch))  # Adam's moments came along
     assert torch.equal(agent.update(batch), other.update(batch))
