@@ -37,6 +37,7 @@ import os
 import platform
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -77,29 +78,25 @@ class Args:
     save: bool = True
     """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
     load: str = ""
-    """start from this saved agent and skip the offline phase, so that variants share one pretraining; its
-    online rows do not come along, and beta, learning rate and so on are this run's"""
+    """start from this saved agent without an offline phase, so that variants share one pretraining"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
 
     # -- task and data --
     dataset: str = ""
-    """empty: the task's own file, from D4RL's cache or else downloaded (*-random-v2: collected); random:
-    collect uniform actions; else the path of an HDF5 file in D4RL's layout"""
+    """empty: D4RL's file (cache, download; *-random-v2: collected); random: uniform actions; or a path"""
     dataset_size: int = 1_000_000
-    """transitions, where data is collected (D4RL 1M); more = slower start, wider coverage"""
+    """transitions to collect, where data is collected (D4RL 1M); more = slower start, wider coverage"""
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
-    """consistent: train on satisfied sub-tasks - 4, offline and online; stock: the file's rewards, then the
-    environment's, which are two different functions. Scores are always the environment's"""
+    """consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's +1s"""
     reward_transform: Optional[Literal["none", "return_range", "minus_one"]] = None
-    """train on r * 1000 / (max - min episode return) (return_range: IQL, locomotion), on r - 1 (minus_one) or
-    on r (none: IQL, kitchen); with the dataset's constants, online too"""
+    """return_range: r*1000/(max - min return) (IQL, locomotion); minus_one: r - 1; none (IQL, kitchen)"""
 
     # -- both phases --
     offline_steps: int = 1_000_000
     """updates before the first environment step (papers 1M), logged as negative steps"""
     online_steps: int = 250_000
-    """environment steps of fine-tuning. Ours: a fifth of the buffer beside D4RL's 1M rows (IQL's own: 1M)"""
+    """environment steps of fine-tuning; ours: a fifth of the buffer beside D4RL's 1M rows (IQL's: 1M)"""
     batch_size: Optional[int] = None
     """transitions per update (IQL 256); more = less noise, slower"""
     learning_rate: Optional[float] = None
@@ -133,10 +130,9 @@ class Args:
     reset_optimizer: bool = False
     """forget Adam's moments at the switch to online (paper silent; ours: they carry over)"""
     buffer_size: Optional[int] = None
-    """rows, dataset included; when full the oldest online row goes. Default: all are kept (paper)"""
+    """rows, the dataset's included; when full the oldest online row goes; None: all are kept (paper)"""
     offline_ratio: Optional[float] = None
-    """ours, not the paper's: share (0 to 1) of dataset rows in online batches; default: uniform over all rows
-    (paper). More = holds on to the data, learns less from new steps"""
+    """ours: share (0-1) of dataset rows in online batches; None: uniform (paper); more = learns less new"""
 
     # -- IQL --
     expectile: Optional[float] = None
@@ -172,10 +168,9 @@ PRESETS = {
     "other": dict(sigma=0.2),
 }
 INF = float("inf")
-LIMITS = {"omega": (-INF, INF)}  # smallest and largest value of a flag, 0 and INF where none is given
-LIMITS |= dict.fromkeys(("gamma", "tau", "expectile", "actor_dropout", "offline_ratio"), (0, 1))
-LIMITS |= dict.fromkeys(("num_candidates", "num_critics", "batch_size", "hidden_dim", "utd", "eval_every",
-                         "eval_episodes", "log_every", "dataset_size", "buffer_size"), (1, INF))
+COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
+LIMITS = {"omega": (-INF, INF), "dataset_size": (2, INF)} | dict.fromkeys(COUNTS.split(), (1, INF))
+LIMITS |= dict.fromkeys(("gamma", "tau", "expectile", "actor_dropout", "offline_ratio"), (0, 1))  # all others: (0, INF)
 
 
 class UserError(Exception):
@@ -738,15 +733,15 @@ def mark_time_limits(terminals: np.ndarray, horizon: int) -> np.ndarray:
 def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows of a file -> transitions (keys of Batch), the same arrays as d4rl.qlearning_dataset.
 
-    s' of row t is row t+1's observation. So the last row goes, and each row at a time limit, whose successor
-    is another episode's. A terminal row stays: its successor is as wrong, but 1 − d = 0 takes it out.
+    s' of row t is row t+1's observation: so the last row goes, and each row at a time limit. After a terminal
+    the successor is another episode's too, but 1 − d = 0 takes it out.
     """
     keep = np.flatnonzero(~raw["timeouts"][:-1])
     data = {name: raw[name][keep] for name in ("observations", "actions", "rewards")}
     return data | {"next_observations": raw["observations"][keep + 1], "terminations": raw["terminals"][keep]}
 
 
-class Signal(NamedTuple):
+class RewardRule(NamedTuple):
     """The reward and the true end that the agent learns from: one rule for the file and for online steps."""
 
     scale: float  # r ← scale·r + shift: --reward-transform with the dataset's constants
@@ -764,8 +759,8 @@ class Signal(NamedTuple):
         return self.scale * rewards + self.shift, ends
 
 
-def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.ndarray], Signal, dict]:
-    """Find, check, convert: transitions (keys of Batch), their Signal, and facts for summary.json."""
+def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.ndarray], RewardRule, dict]:
+    """Find, check, convert: transitions (keys of Batch), their RewardRule, and facts for summary.json."""
     path = find_dataset(args)
     raw = load_hdf5(path, env.observation_space.shape[0], env.action_space.shape[0])
     targets = task.targets if args.kitchen_rewards == "consistent" else ()
@@ -785,9 +780,9 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
             raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
                             "--reward-transform none")
         scale = 1000.0 / float(np.ptp(returns))
-    signal = Signal(scale, shift, targets)
+    rule = RewardRule(scale, shift, targets)
     columns = ("observations", "rewards", "next_observations", "terminations")
-    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in signal(*map(data.get, columns)))
+    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*map(data.get, columns)))
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
     facts = {"file": path.name, "sha256": sha256(path), "rows": len(ends), "episodes": len(returns),
              "transitions": len(data["rewards"]), "return_min": returns.min(), "return_mean": returns.mean(),
@@ -798,7 +793,7 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
           "{return_mean:.1f}/{return_max:.1f}, ".format(**facts) + f"rewards {values}; dropped "
           f"{len(ends) - len(data['rewards']):,} rows without successor; {data['terminations'].sum():.0f} "
           f"true ends; trained on {scale:.4g}·r{shift:+g}")
-    return data, signal, facts
+    return data, rule, facts
 
 
 def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, args: Args) -> str:
@@ -830,7 +825,7 @@ EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discou
 
 
 @torch.no_grad()
-def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: Args, seed: int) -> dict:
+def evaluate(agent: IQL, envs: list[gym.Env], rule: RewardRule, task: Task, args: Args, seed: int) -> dict:
     """One episode in each environment, side by side, with a single policy call per step for all of them.
 
     Always from the same seeds, so that a change of the score is the policy's and not the draw's. q_start is
@@ -848,7 +843,7 @@ def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: 
         q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
         steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
         next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
-        train_rewards, _ = signal(obs[running], rewards, next_obs, terminated)
+        train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
         obs[running] = next_obs
         returns[running] += rewards
         discounted[running] += args.gamma ** lengths[running] * train_rewards
@@ -860,23 +855,23 @@ def evaluate(agent: IQL, envs: list[gym.Env], signal: Signal, task: Task, args: 
 
 
 # ==== 10. Files =============================================================================================
-def save_agent(path: Path, agent: IQL, args: Args, signal: Signal, step: int) -> None:
+def save_agent(path: Path, agent: IQL, args: Args, rule: RewardRule, step: int) -> None:
     """Networks, targets, optimisers, reward constants, as tensors and plain values; whole or not at all."""
     part = path.with_name(path.name + ".part")
     optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
-    torch.save({"step": step, "args": asdict(args), "signal": list(signal[:2]), "agent": agent.state_dict(),
-                "optimizers": optimizers}, part)
+    torch.save({"step": step, "args": asdict(args), "reward_rule": list(rule[:2]), "optimizers": optimizers,
+                "agent": agent.state_dict()}, part)
     part.replace(path)
 
 
-def load_agent(path: str, agent: IQL, args: Args, signal: Signal, device: torch.device) -> None:
+def load_agent(path: str, agent: IQL, args: Args, rule: RewardRule, device: torch.device) -> None:
     """Restore an agent in place. Raises: UserError where it is none, or of another task, base or size."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)  # data only: runs no code of it
-        then = saved["args"] | {"reward scale and shift": saved["signal"]}
+        then = saved["args"] | {"reward scale and shift": saved["reward_rule"]}
     except Exception as e:  # torch.load has many ways to fail
         raise UserError(f"--load {path}: no saved agent ({e}); give one that --save wrote") from e
-    now = asdict(args) | {"reward scale and shift": list(signal[:2])}
+    now = asdict(args) | {"reward scale and shift": list(rule[:2])}
     for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "reward scale and shift"):
         if then[name] != now[name]:
             raise UserError(f"--load {path}: trained with {name} {then[name]}, this run has {now[name]}: "
@@ -915,12 +910,14 @@ class RunLog:
         self.episodes = csv.DictWriter(self.files[1], ["step", "return", "score", "length"])
         self.metrics.writeheader()
         self.episodes.writeheader()
-        self.sums, self.evals, self.seconds, self.last_lap = {}, [], Counter(), time.perf_counter()
+        self.sums, self.evals = {}, []
+        self.seconds, self.laps, self.last_lap = Counter(), Counter(), time.perf_counter()
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under this name."""
         now = time.perf_counter()
         self.seconds[name] += now - self.last_lap
+        self.laps[name] += 1
         self.last_lap = now
 
     def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
@@ -944,15 +941,16 @@ class RunLog:
         self.episodes.writerow({"step": step, "return": episode_return, "score": score, "length": length})
         self.writer.add_scalar("train/score", score, step)
 
-    def finish(self, title: str, facts: dict, offline_updates: int, online_steps: int) -> dict:
+    def finish(self, title: str, facts: dict) -> dict:
         """Write summary.json and curve.png, close the files; returns the summary."""
         offline = [score for step, score, _ in self.evals if step <= 0]
         online = [score for step, score, _ in self.evals if step > 0]
-        online_seconds = sum(self.seconds[name] for name in ("act", "environment", "add", "online update"))
+        seconds = {"offline": self.seconds["offline update"], "online": sum(
+            self.seconds[name] for name in ("act", "environment", "add", "online update"))}
         summary = {"score_offline": (offline or [None])[-1], "score_final": (online or [None])[-1],
-                   "score_best": max(offline + online, default=None), **facts,
-                   "offline_updates_per_s": offline_updates / max(self.seconds["offline update"], 1e-9),
-                   "online_steps_per_s": online_steps / max(online_seconds, 1e-9), "seconds": self.seconds}
+                   "score_best": max(offline + online, default=None), **facts, "seconds": self.seconds,
+                   "offline_updates_per_s": self.laps["offline update"] / max(seconds["offline"], 1e-9),
+                   "online_steps_per_s": self.laps["online update"] / max(seconds["online"], 1e-9)}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
         if self.evals:
             plot_curve(self.folder / "curve.png", self.evals, title)
@@ -1009,7 +1007,7 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed)  # the global stream: initial weights, batches, dropout, and nothing else
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
     eval_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-    data, signal, data_facts = load_dataset(args, task, env)
+    data, rule, data_facts = load_dataset(args, task, env)
     rows = len(data["rewards"])
     if args.batch_size > rows:
         raise UserError(f"--batch-size {args.batch_size}: more than the dataset's {rows} transitions")
@@ -1018,74 +1016,85 @@ def main(args: Args) -> dict:
     agent = AGENTS[args.base](env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
     agent.make_optimizers()
     if args.load:
-        load_agent(args.load, agent, args, signal, device)
+        load_agent(args.load, agent, args, rule, device)
     buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
     log = RunLog(args, (*agent.METRICS, "o3f/optimism"))
     print(f"run: {log.folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
 
     def evaluation(step: int, phase: str) -> None:
-        results = evaluate(agent, eval_envs, signal, task, args, eval_seed)
+        results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
         log.write(step, phase, results)
         log.lap("evaluation")
-        bar.set_postfix(score=f"{results['eval/score']:.1f}")
         tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
                    "discounted return {:.1f}".format(phase, step, *results.values()))
 
-    status, step, first = "finished", 0, 1 if args.load else 1 - args.offline_steps
-    log.lap("set-up")
+    status, step, interrupts = "finished", 0, []
+
+    def interrupt(signum, frame):
+        interrupts.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nfinishing this step, then the files; Ctrl-C again stops at once", file=sys.stderr)
+
+    def progress(steps: range, phase: str, unit: str):
+        """The steps, with a bar in a terminal; Ctrl-C is heeded here, where no step is half done."""
+        with tqdm(steps, desc=phase, unit=unit, mininterval=1.0, disable=None) as bar:
+            for step in bar:
+                yield step
+                bar.set_postfix(score=log.evals[-1][1] if log.evals else None, refresh=False)
+                if interrupts:
+                    raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
-        progress = functools.partial(tqdm, mininterval=1.0, disable=None)  # no bar where there is no terminal
-        with progress(range(first, 1), desc="offline", unit="update") as bar:
-            for step in bar:
-                log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size)))
-                log.lap("offline update")
-                if step % args.log_every == 0:
-                    log.write(step, "offline")
-                if step % args.eval_every == 0 and step < 0:
-                    evaluation(step, "offline")
-            evaluation(0, "offline")
+        for step in progress(range(1 if args.load else 1 - args.offline_steps, 1), "offline", "update"):
+            log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size)))
+            log.lap("offline update")
+            if step % args.log_every == 0:
+                log.write(step, "offline")
+            if step % args.eval_every == 0 and step < 0:
+                evaluation(step, "offline")
+        evaluation(0, "offline")
         if args.save and not args.load:
-            save_agent(log.folder / "agent_offline.pt", agent, args, signal, 0)
+            save_agent(log.folder / "agent_offline.pt", agent, args, rule, 0)
 
         # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
         if args.reset_optimizer:
             agent.make_optimizers()
         obs, _ = env.reset(seed=env_seed)
-        with progress(range(1, args.online_steps + 1), desc="online", unit="step") as bar:
-            for step in bar:
-                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
-                action, gain = explore_action(agent, obs_tensor, args, explore_generator)
-                log.add(("o3f/optimism",), gain)
-                action = action[0].cpu().numpy()
-                log.lap("act")
-                next_obs, reward, terminated, truncated, info = env.step(action)
-                log.lap("environment")
-                # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
-                train_reward, end = signal(obs, reward, next_obs, terminated)
-                buffer.add(obs, action, train_reward, next_obs, end)
-                log.lap("add")
-                for _ in range(args.utd):
-                    log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size, args.offline_ratio)))
-                log.lap("online update")
+        for step in progress(range(1, args.online_steps + 1), "online", "step"):
+            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
+            action, gain = explore_action(agent, obs_tensor, args, explore_generator)
+            log.add(("o3f/optimism",), gain)
+            action = action[0].cpu().numpy()
+            log.lap("act")
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            log.lap("environment")
+            # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
+            train_reward, end = rule(obs, reward, next_obs, terminated)
+            buffer.add(obs, action, train_reward, next_obs, end)
+            log.lap("add")
+            for _ in range(args.utd):
+                log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size, args.offline_ratio)))
+            log.lap("online update")
 
-                obs = next_obs
-                if terminated or truncated:
-                    episode_return = info["episode"]["r"]  # of raw rewards
-                    log.episode(step, episode_return, task.score(episode_return), info["episode"]["l"])
-                    obs, _ = env.reset()
-                if step % args.log_every == 0 or step == args.online_steps:
-                    log.write(step, "online")
-                if step % args.eval_every == 0 or step == args.online_steps:
-                    evaluation(step, "online")
+            obs = next_obs
+            if terminated or truncated:
+                episode_return = info["episode"]["r"]  # of raw rewards
+                log.episode(step, episode_return, task.score(episode_return), info["episode"]["l"])
+                obs, _ = env.reset()
+            if step % args.log_every == 0 or step == args.online_steps:
+                log.write(step, "online")
+            if step % args.eval_every == 0 or step == args.online_steps:
+                evaluation(step, "online")
     except KeyboardInterrupt:
         status = "interrupted"
-        print(f"\ninterrupted at step {step}: finishing the files", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.save:
-        save_agent(log.folder / "agent_final.pt", agent, args, signal, step)
+        save_agent(log.folder / "agent_final.pt", agent, args, rule, step)
     title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
     facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
-    summary = log.finish(title, facts | provenance(device), min(step, 0) - first + 1, max(step, 0))
+    summary = log.finish(title, facts | provenance(device))
     print(f"score: offline {summary['score_offline']}, final {summary['score_final']}, best "
           f"{summary['score_best']}; files in {log.folder}")
     return summary

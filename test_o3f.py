@@ -693,7 +693,7 @@ def test_kitchen_renders():
 def test_evaluation_side_by_side_is_one_after_the_other():
     agent = make_agent(60, 9, dtype=torch.float32)
     task, args = o3f.get_task("kitchen-mixed-v0"), make_args()
-    rule = o3f.Signal(1.0, 0.0, task.targets)
+    rule = o3f.RewardRule(1.0, 0.0, task.targets)
     envs = [gym.wrappers.TimeLimit(o3f.make_env("kitchen-mixed-v0").unwrapped, limit) for limit in (5, 12, 30)]
     values = o3f.evaluate(agent, envs, rule, task, args, seed=11)
     lengths, discounted, start_q = [], [], []
@@ -907,11 +907,11 @@ def test_saved_agent_acts_identically_and_learns_on_identically(tmp_path):
     agent, batch = make_agent(dtype=torch.float32), o3f.Batch(*(x.float() for x in make_batch()))
     for _ in range(3):
         agent.update(batch)
-    args, rule = agent.args, o3f.Signal(2.0, -1.0, ())
+    args, rule = agent.args, o3f.RewardRule(2.0, -1.0, ())
     o3f.save_agent(tmp_path / "x.pt", agent, args, rule, 0)
     other = make_agent(dtype=torch.float32, seed=5)
     with pytest.raises(o3f.UserError, match="reward scale and shift"):  # its critics know another reward
-        o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.Signal(1.0, 0.0, ()), torch.device("cpu"))
+        o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.RewardRule(1.0, 0.0, ()), torch.device("cpu"))
     o3f.load_agent(str(tmp_path / "x.pt"), other, args, rule, torch.device("cpu"))
     assert torch.equal(agent.policy(batch.observations, False), other.policy(batch.observations, False))
     assert torch.equal(agent.update(batch), other.update(batch))  # Adam's moments came along
