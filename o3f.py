@@ -81,7 +81,6 @@ class Args:
     """start from this saved agent without an offline phase, so that variants share one pretraining"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
-
     # -- task and data --
     dataset: str = ""
     """empty: D4RL's file (cache, download; *-random-v2: collected); random: uniform actions; or a path"""
@@ -91,7 +90,6 @@ class Args:
     """consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's +1s"""
     reward_transform: Optional[Literal["none", "return_range", "minus_one"]] = None
     """return_range: r*1000/(max - min return) (IQL, locomotion); minus_one: r - 1; none (IQL, kitchen)"""
-
     # -- both phases --
     offline_steps: int = 1_000_000
     """updates before the first environment step (papers 1M), logged as negative steps"""
@@ -109,7 +107,6 @@ class Args:
     """m, critics in the ensemble (paper 5); more = a lower minimum, a steadier mean, slower"""
     hidden_dim: int = 256
     """units per hidden layer (papers 256); more = larger capacity, slower"""
-
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"
     """o3f: best of N around a; the paper's baselines: noise, a + N(0, sigma^2), and policy, a itself"""
@@ -133,7 +130,6 @@ class Args:
     """rows, the dataset's included; when full the oldest online row goes; None: all are kept (paper)"""
     offline_ratio: Optional[float] = None
     """ours: share (0-1) of dataset rows in online batches; None: uniform (paper); more = learns less new"""
-
     # -- IQL --
     expectile: Optional[float] = None
     """kappa of IQL Eq. 5 (0.7); more = V nearer to the data's best action, more over-estimation"""
@@ -143,7 +139,6 @@ class Args:
     """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
     actor_dropout: Optional[float] = None
     """dropout rate of the actor in updates, never in acting (kitchen 0.1, else 0); more = regularises more"""
-
     # -- evaluation and output --
     eval_every: int = 10_000
     """steps between evaluations, both phases; more = faster, coarser curve"""
@@ -170,7 +165,7 @@ PRESETS = {
 INF = float("inf")
 COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
 LIMITS = {"omega": (-INF, INF), "dataset_size": (2, INF)} | dict.fromkeys(COUNTS.split(), (1, INF))
-LIMITS |= dict.fromkeys(("gamma", "tau", "expectile", "actor_dropout", "offline_ratio"), (0, 1))  # all others: (0, INF)
+LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # others: (0, INF)
 
 
 class UserError(Exception):
@@ -606,7 +601,6 @@ KNOWN_SHA256 = {  # where it has been reported: a download that differs is refus
     "kitchen-partial-v0": "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
     "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
 }
-MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # MuJoCo's v2 files, official names
 
 
 def find_dataset(args: Args) -> Path:
@@ -627,7 +621,8 @@ def find_dataset(args: Args) -> Path:
         if (cache / name).is_file():
             return cache / name
         if urls:
-            return download([*urls, MIRROR + name], cache / name, KNOWN_SHA256.get(args.env_id))
+            mirror = f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}"  # has MuJoCo's v2 files
+            return download([*urls, mirror], cache / name, KNOWN_SHA256.get(args.env_id))
     path = cache / f"{args.env_id.replace('/', '-')}.collected-uniform-{args.dataset_size}.hdf5"
     if not path.is_file():
         collect_random(args.env_id, args.dataset_size, path)
@@ -652,7 +647,7 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
                     shutil.copyfileobj(source, file, 1 << 20)
             if total and part.stat().st_size != total:
                 raise OSError(f"broke off after {part.stat().st_size} of {total} bytes: run again to resume")
-            if digest and sha256(part) != digest:
+            if digest and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
                 part.unlink()
                 raise OSError("its sha256 is not the known one, the copy was removed")
             return part.replace(path)
@@ -662,10 +657,6 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
                 part.unlink()
     raise UserError(f"no source for {path.name}: not in {path.parent}; {'; '.join(failures)}. Ways on: "
                     "--dataset FILE (your copy), --dataset random (uniform actions), or plain python o3f.py")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def collect_random(env_id: str, size: int, path: Path) -> None:
@@ -721,8 +712,10 @@ def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
 
 
 def mark_time_limits(terminals: np.ndarray, horizon: int) -> np.ndarray:
-    """Time limits of a file that does not mark them: every horizon-th row of an episode, bool (rows,)."""
-    # d4rl counts from 1 after a terminal, from 0 after a limit: a quirk that we copy to get its arrays.
+    """Time limits of a file that does not mark them, bool (rows,): every horizon-th row of an episode.
+
+    d4rl counts from 1 after a terminal, from 0 after a limit: a quirk that we copy to get its arrays.
+    """
     limits, start, count = np.zeros_like(terminals), 0, 0
     for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):  # per episode, not per row
         limits[start + horizon - 1 - count : end + 1 : horizon] = True
@@ -784,9 +777,9 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     columns = ("observations", "rewards", "next_observations", "terminations")
     data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*map(data.get, columns)))
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
-    facts = {"file": path.name, "sha256": sha256(path), "rows": len(ends), "episodes": len(returns),
-             "transitions": len(data["rewards"]), "return_min": returns.min(), "return_mean": returns.mean(),
-             "return_max": returns.max(), "reward_scale": scale, "reward_shift": shift}
+    facts = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
+             "transitions": len(data["rewards"]), "episodes": len(returns), "return_min": returns.min(),
+             "return_mean": returns.mean(), "return_max": returns.max(), "scale": scale, "shift": shift}
     values = np.unique(raw["rewards"])
     values = ", ".join(f"{v:g}" for v in values) if len(values) < 7 else f"{values[0]:.3g}…{values[-1]:.3g}"
     print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
@@ -885,11 +878,10 @@ def load_agent(path: str, agent: IQL, args: Args, rule: RewardRule, device: torc
 class RunLog:
     """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
 
-    Metrics of updates and actions are summed on the device by `add`; `write` is the only copy to the host.
+    What is added stays on the device until it is written. Raises: UserError where the folder is not ours.
     """
 
     def __init__(self, args: Args, metrics: tuple[str, ...]):
-        """Raises: UserError where the folder is in use or cannot be written to."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
 
         name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
@@ -986,19 +978,14 @@ def provenance(device: torch.device) -> dict:
 
 
 # ==== 11. Both phases =======================================================================================
-def pick_device(name: str) -> torch.device:
-    """Raises: UserError where the device asked for is absent."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not here.get(name, True):
-        raise UserError(f"--device {name}: torch {torch.__version__} finds none; use --device auto or cpu")
-    return torch.device(next(kind for kind in here if here[kind]) if name == "auto" else name)
-
-
 def main(args: Args) -> dict:
     """Set-up, offline phase, online phase, files; returns the summary."""
     task = get_task(args.env_id)
     args = resolve(args, task.family)
-    device = pick_device(args.device)
+    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    device = torch.device(found if args.device == "auto" else args.device)
+    if device.type not in ("cpu", found):
+        raise UserError(f"--device {args.device}: torch {torch.__version__} finds only {found}; use auto")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UserError("--track: package wandb is missing: pip install wandb")
     # Independent streams of random draws: evaluating more often, say, changes nothing in training.
