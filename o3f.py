@@ -18,7 +18,6 @@ Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is n
 
 Examples:  python o3f.py                                         halfcheetah-random-v2, collected on the spot
            python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
-           python o3f.py --help                                  every flag, its unit and the paper's value
 
 Reading order: 1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 base algorithms, 6 replay buffer,
 7 environments, 8 data, 9 evaluation, 10 files, 11 both phases. A lecture can stop after 5.
@@ -162,10 +161,9 @@ PRESETS = {
     "kitchen": dict(sigma=0.05),
     "other": dict(sigma=0.2),
 }
-INF = float("inf")
 COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
-LIMITS = {"omega": (-INF, INF), "dataset_size": (2, INF)} | dict.fromkeys(COUNTS.split(), (1, INF))
-LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # others: (0, INF)
+LIMITS = {"omega": (-1e18, 1e18), "dataset_size": (2, 1e18)} | dict.fromkeys(COUNTS.split(), (1, 1e18))
+LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # others: (0, 1e18)
 
 
 class UserError(Exception):
@@ -177,9 +175,9 @@ def resolve(args: Args, family: str) -> Args:
     for key in (args.base, f"{args.base}/{family}", family):
         args = replace(args, **{name: v for name, v in PRESETS[key].items() if getattr(args, name) is None})
     for name, value in asdict(args).items():
-        low, high = LIMITS.get(name, (0, INF))
-        if type(value) in (int, float) and not (low <= value <= high and abs(value) < INF):
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}")
+        low, high = LIMITS.get(name, (0, 1e18))
+        if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
     return args
 
 
@@ -621,7 +619,7 @@ def find_dataset(args: Args) -> Path:
         if (cache / name).is_file():
             return cache / name
         if urls:
-            mirror = f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}"  # has MuJoCo's v2 files
+            mirror = f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}"  # MuJoCo v2
             return download([*urls, mirror], cache / name, KNOWN_SHA256.get(args.env_id))
     path = cache / f"{args.env_id.replace('/', '-')}.collected-uniform-{args.dataset_size}.hdf5"
     if not path.is_file():
