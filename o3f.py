@@ -163,7 +163,7 @@ PRESETS = {
 }
 COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
 LIMITS = {"omega": (-1e18, 1e18), "dataset_size": (2, 1e18)} | dict.fromkeys(COUNTS.split(), (1, 1e18))
-LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # others: (0, 1e18)
+LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # else (0, 1e18)
 
 
 class UserError(Exception):
@@ -269,7 +269,7 @@ def optimistic_action(  # new in O3F: this function is all that the paper adds t
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of N candidates around the policy's action, the one that the critics like best (Algorithm 1, Eq. 2).
 
-    obs (B, O); action (B, A) in the ±1 box; q_ensemble: (B·N, O), (B·N, A) -> (m, B·N), any.
+    obs (B, O); action (B, A) in the ±1 box; q_ensemble maps (B·N, O), (B·N, A) to (m, B·N).
     Returns the chosen action (B, A), the first of equals, and its optimism (B,): how far its mean Q lies
     above the average candidate's.
     """
