@@ -198,11 +198,12 @@ def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) ->
     """linear-ReLU-dropout per hidden size, then linear. IQL's init: orthogonal, gain √2, zero bias."""
     layers = []
     for in_dim, out_dim in zip(sizes, sizes[1:]):
-        layers += [linear(in_dim, out_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-        nn.init.zeros_(layers[-3].bias)
+        layer = linear(in_dim, out_dim)
+        nn.init.zeros_(layer.bias)
         # The last layer has gain √2 too. One draw per member: different starts make the critics disagree.
-        for weight in layers[-3].weight.view(-1, *layers[-3].weight.shape[-2:]):
+        for weight in layer.weight.view(-1, *layer.weight.shape[-2:]):  # (1 or m, rows, columns)
             nn.init.orthogonal_(weight, gain=2**0.5)
+        layers += [layer, nn.ReLU(inplace=True), nn.Dropout(dropout)]
     return nn.Sequential(*layers[:-2])
 
 
@@ -300,8 +301,7 @@ class Batch(NamedTuple):
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
 
-    A base is __init__, METRICS, make_optimizers (giving optimizers), update, policy and q_values: the rest of
-    this file knows no more of it.
+    A base is METRICS, make_optimizers, update, policy and q_values: the rest of the file uses nothing else.
     """
 
     METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
