@@ -479,11 +479,12 @@ def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.En
     Raises: UserError where gymnasium cannot make it, or its spaces are no flat Box and bounded flat Box.
     """
     task = get_task(env_id)
+    mujoco.set_mju_user_warning(warnings.warn)  # by itself MuJoCo writes warnings to a file in this folder
     if task.family == "kitchen":
         return gym.wrappers.TimeLimit(KitchenEnv(task.targets, render_mode=render_mode, **kwargs), 280)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
+            warnings.simplefilter("ignore")  # that -v4, its XML too, is out of date: it is D4RL's
             env = gym.make(task.gym_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as e:  # an optional package is missing, mostly; gymnasium says which
         raise UserError(f"--env-id {env_id}: gymnasium cannot make it: {e}") from e
@@ -691,14 +692,13 @@ def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
                                 f"{', '.join(shapes)} (the last is optional)")
             rows = getattr(file["observations"], "shape", ())[:1]
             for name, column in ((name, file[name]) for name in shapes if name in file):
-                if getattr(column, "shape", None) != rows + shapes[name] or column.dtype.kind not in "fiub":
+                numbers = getattr(column, "shape", None) == rows + shapes[name] and column.dtype.kind in "fiub"
+                if not numbers or rows < (2,):
                     raise UserError(f"{path.name}: {name} is {column}; this task needs numbers of shape "
-                                    f"{(*rows, *shapes[name])}")
+                                    f"{(*rows, *shapes[name])}, 2 rows or more")
                 raw[name] = column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
     except (OSError, RuntimeError) as e:
         raise UserError(f"{path}: not a whole HDF5 file ({e}); download or write it again") from e
-    if rows < (2,):
-        raise UserError(f"{path.name}: {rows[0]} rows, needs 2 or more")
     for name in ("observations", "actions", "rewards"):
         if (bad := ~np.isfinite(raw[name].reshape(*rows, -1)).all(1)).any():
             raise UserError(f"{path.name}: {name} has NaN or inf in {bad.sum()} rows, the first is row "
