@@ -692,8 +692,8 @@ def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
                                 f"{', '.join(shapes)} (the last is optional)")
             rows = getattr(file["observations"], "shape", ())[:1]
             for name, column in ((name, file[name]) for name in shapes if name in file):
-                numbers = getattr(column, "shape", None) == rows + shapes[name] and column.dtype.kind in "fiub"
-                if not numbers or rows < (2,):
+                fits = getattr(column, "shape", None) == rows + shapes[name] and column.dtype.kind in "fbiu"
+                if not fits or rows < (2,):
                     raise UserError(f"{path.name}: {name} is {column}; this task needs numbers of shape "
                                     f"{(*rows, *shapes[name])}, 2 rows or more")
                 raw[name] = column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
