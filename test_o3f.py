@@ -492,6 +492,10 @@ def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monke
         env.set_state(np.append(0.0, data["observations"][t, :5]), data["observations"][t, 5:])
         obs, reward, *_ = env.step(data["actions"][t])
         assert np.allclose(obs, data["next_observations"][t], atol=1e-2) and reward == pytest.approx(data["rewards"][t], abs=1e-2)
+    # The check at start sees whether the rewards are this environment's.
+    task, ends = o3f.get_task("hopper-random-v2"), raw["terminals"] | raw["timeouts"]
+    assert "rewards: the same (" in o3f.reward_check(raw, ends, task, args)
+    assert "NOT the same" in o3f.reward_check({**raw, "rewards": raw["rewards"] + 0.5}, ends, task, args)
     official = tmp_path / "hopper_random-v2.hdf5"
     official.write_bytes(b"")
     assert o3f.find_dataset(args) == official  # D4RL's own file, where there is one, comes first
