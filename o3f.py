@@ -162,8 +162,8 @@ PRESETS = {
     "other": dict(sigma=0.2),
 }
 COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
-LIMITS = {"omega": (-1e18, 1e18), "dataset_size": (2, 1e18)} | dict.fromkeys(COUNTS.split(), (1, 1e18))
-LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # else (0, 1e18)
+LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(COUNTS.split(), (1, 1e9))
+LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # else (0, 1e9)
 
 
 class UserError(Exception):
@@ -175,7 +175,7 @@ def resolve(args: Args, family: str) -> Args:
     for key in (args.base, f"{args.base}/{family}", family):
         args = replace(args, **{name: v for name, v in PRESETS[key].items() if getattr(args, name) is None})
     for name, value in asdict(args).items():
-        low, high = LIMITS.get(name, (0, 1e18))
+        low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
     return args
@@ -323,7 +323,6 @@ class IQL(nn.Module):
         """One gradient step on every network in the authors' order V, actor, Q, targets; METRICS' values."""
         obs, actions, rewards, next_obs, ends = batch
         args, opt = self.args, self.optimizers
-
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (IQL Eq. 5). IQL takes the minimum of its
         # two target critics; which of the five, the paper does not say. Ours: the minimum of all.
         with torch.no_grad():
@@ -609,6 +608,10 @@ def find_dataset(args: Args) -> Path:
             raise UserError(f"--dataset {args.dataset}: no such file; give one in D4RL's layout, or `random`")
         return Path(args.dataset)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"no place for datasets: {e}; set $D4RL_DATASET_DIR to another folder") from e
     if not args.dataset:
         if args.env_id not in TASKS:
             raise UserError(f"--env-id {args.env_id} has no file: use --dataset FILE or --dataset random")
@@ -632,7 +635,6 @@ def find_dataset(args: Args) -> Path:
 def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
     """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
     part, failures = path.with_name(path.name + ".part"), []
-    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         try:
             have = part.stat().st_size if part.exists() else 0
@@ -673,7 +675,6 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         for column, value in zip(data.values(), row):
             column[i] = value
         obs = env.reset()[0] if terminated or truncated else next_obs
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # renamed when whole: a kill leaves no half file
     with h5py.File(part, "w") as file:
         for name, column in data.items():
@@ -754,6 +755,8 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     """Find, check, convert: transitions (keys of Batch), their RewardRule, and facts for summary.json."""
     path = find_dataset(args)
     raw = load_hdf5(path, env.observation_space.shape[0], env.action_space.shape[0])
+    if task.family == "kitchen" and np.abs(raw["observations"][:, 30:] - env.unwrapped.goal).max() > 1e-3:
+        raise UserError(f"{path.name}: its observations hold the goals of another kitchen than {args.env_id}")
     targets = task.targets if args.kitchen_rewards == "consistent" else ()
     if targets:  # a kitchen file calls each demonstration's last row terminal, solved or not: a time limit
         raw["timeouts"] = raw["terminals"] | raw.get("timeouts", False)
@@ -763,8 +766,7 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
         raw["timeouts"] = mark_time_limits(raw["terminals"], horizon)
     data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
     returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
-    print(reward_check(raw, ends, task, args))
-
+    print(reward_check(raw, ends, task, env))
     scale, shift = 1.0, -1.0 if args.reward_transform == "minus_one" else 0.0
     if args.reward_transform == "return_range":
         if returns.min() == returns.max():
@@ -783,24 +785,23 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
           "{return_mean:.1f}/{return_max:.1f}, ".format(**facts) + f"rewards {values}; dropped "
           f"{len(ends) - len(data['rewards']):,} rows without successor; {data['terminations'].sum():.0f} "
-          f"true ends; trained on {scale:.4g}·r{shift:+g}")
+          f"true ends; trained on {scale:.4g}·{'(satisfied sub-tasks − 4)' if targets else 'r'}{shift:+g}")
     return data, rule, facts
 
 
-def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, args: Args) -> str:
+def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: gym.Env) -> str:
     """One line: do the file and the environment pay the same reward?"""
     obs, rewards = raw["observations"], raw["rewards"]
     if task.family == "kitchen":
         episodes = np.split(obs, np.flatnonzero(ends) + 1)
         once = sum(kitchen_done(episode, target).any() for episode in episodes for target in task.targets)
-        trained = "satisfied sub-tasks - 4" if args.kitchen_rewards == "consistent" else "both as they are"
         return (f"rewards: {'the same' if rewards.sum() == once else 'NOT the same'}: the file pays "
-                f"{rewards.sum():.0f} in all, +1 once per sub-task makes {once}; trained on: {trained}")
+                f"{rewards.sum():.0f} in all, the environment would pay {once}, +1 once per sub-task")
     if task.family == "other":
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
     # A locomotion observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
-    env, errors = make_env(args.env_id).unwrapped, []
-    env.reset(seed=0)
+    env, errors = env.unwrapped, []
+    env.reset(seed=0)  # the run seeds it anew
     for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
         qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
         if np.abs(qvel).max() < 10:  # Hopper and Walker2d hide what is faster, it cannot be restored
@@ -861,7 +862,7 @@ def load_agent(path: str, agent: IQL, args: Args, rule: RewardRule, device: torc
         saved = torch.load(path, map_location=device, weights_only=True)  # data only: runs no code of it
         then = saved["args"] | {"reward scale and shift": saved["reward_rule"]}
     except Exception as e:  # torch.load has many ways to fail
-        raise UserError(f"--load {path}: no saved agent ({e}); give one that --save wrote") from e
+        raise UserError(f"--load {path}: no saved agent ({type(e).__name__}); give one of --save's") from e
     now = asdict(args) | {"reward scale and shift": list(rule[:2])}
     for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "reward scale and shift"):
         if then[name] != now[name]:
@@ -881,7 +882,6 @@ class RunLog:
 
     def __init__(self, args: Args, metrics: tuple[str, ...]):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
-
         name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
         folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         try:
@@ -952,7 +952,6 @@ class RunLog:
 def plot_curve(path: Path, evals: list[tuple[int, float, float]], title: str) -> None:
     """Score against steps, both phases on one axis; the band is one standard deviation over the episodes."""
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-
     steps, scores, stds = np.array(evals).T
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes = figure.subplots()
@@ -1062,7 +1061,6 @@ def main(args: Args) -> dict:
             for _ in range(args.utd):
                 log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size, args.offline_ratio)))
             log.lap("online update")
-
             obs = next_obs
             if terminated or truncated:
                 episode_return = info["episode"]["r"]  # of raw rewards
@@ -1074,14 +1072,16 @@ def main(args: Args) -> dict:
                 evaluation(step, "online")
     except KeyboardInterrupt:
         status = "interrupted"
+        if log.sums:
+            log.write(step, "online" if step > 0 else "offline")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.save:
         save_agent(log.folder / "agent_final.pt", agent, args, rule, step)
     title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
     facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
     summary = log.finish(title, facts | provenance(device))
-    print(f"score: offline {summary['score_offline']}, final {summary['score_final']}, best "
-          f"{summary['score_best']}; files in {log.folder}")
+    scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
+    print(f"score: {', '.join(scores)}; files in {log.folder}")
     return summary
 
 

@@ -397,7 +397,8 @@ def small_kitchen_file(path, episodes=3, length=40, **extra):
     """Random motion around the start pose; in every episode the kettle and then the microwave get done."""
     rng = np.random.default_rng(0)
     n = episodes * length
-    obs = np.tile(np.concatenate([o3f.KitchenEnv.INIT_QPOS, np.zeros(30)]), (n, 1))
+    goal = o3f.make_env("kitchen-mixed-v0").unwrapped.goal
+    obs = np.tile(np.concatenate([o3f.KitchenEnv.INIT_QPOS, goal]), (n, 1))
     obs[:, :30] += 0.01 * rng.normal(size=(n, 30))
     for e in range(episodes):
         rows = slice(e * length, (e + 1) * length)
@@ -494,8 +495,8 @@ def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monke
         assert np.allclose(obs, data["next_observations"][t], atol=1e-2) and reward == pytest.approx(data["rewards"][t], abs=1e-2)
     # The check at start sees whether the rewards are this environment's.
     task, ends = o3f.get_task("hopper-random-v2"), raw["terminals"] | raw["timeouts"]
-    assert "rewards: the same (" in o3f.reward_check(raw, ends, task, args)
-    assert "NOT the same" in o3f.reward_check({**raw, "rewards": raw["rewards"] + 0.5}, ends, task, args)
+    assert "rewards: the same (" in o3f.reward_check(raw, ends, task, env)
+    assert "NOT the same" in o3f.reward_check({**raw, "rewards": raw["rewards"] + 0.5}, ends, task, env)
     official = tmp_path / "hopper_random-v2.hdf5"
     official.write_bytes(b"")
     assert o3f.find_dataset(args) == official  # D4RL's own file, where there is one, comes first
@@ -754,9 +755,9 @@ BAD_FLAGS = [
     (["--env-id", "kitchen-mixd-v0"], "did you mean kitchen-mixed-v0"),
     (["--env-id", "CartPole-v1", "--dataset", "random"], "needs a flat Box"),
     (["--env-id", "Pendulum-v1"], "--dataset random"),
-    (["--sigma", "-1"], "--sigma -1.0: give a number from 0 to 1e+18"),
+    (["--sigma", "-1"], "--sigma -1.0: give a number from 0 to 1e+09"),
     (["--sigma", "nan"], "--sigma nan"),
-    (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+18"),
+    (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+09"),
     (["--expectile", "1.5"], "--expectile 1.5"),
     (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
     (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
@@ -775,6 +776,7 @@ BAD_FLAGS = [
     (["--dataset", "{nan}"], "observations has NaN or inf in 2 rows, the first is row 7"),
     (["--dataset", "{big}"], "actions reach 2"),
     (["--track", "--dataset", "{good}"], "pip install wandb"),
+    (["--env-id", "kitchen-partial-v0", "--dataset", "{good}"], "goals of another kitchen"),
 ]
 
 
