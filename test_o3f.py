@@ -289,6 +289,10 @@ def test_optimistic_action_ties_and_signs():
     spread = lambda o, a: torch.tensor([[-1.0], [1.0]]) * a[:, 0].exp()  # noqa: E731
     assert torch.allclose(pick(spread, 1.0), 0.1 * noise[:, noise[0, :, 0].argmax()])
     assert torch.allclose(pick(spread, -1.0), 0.1 * noise[:, noise[0, :, 0].argmin()])
+    # The std divides by m: where a_0 > 0 the two critics say ±1 (std 1, with m − 1 it would be √2), elsewhere both
+    # say 1.2, which is then the better bet.
+    q = lambda o, a: torch.where(a[:, 0] > 0, torch.tensor([[1.0], [-1.0]]), torch.tensor(1.2))  # noqa: E731
+    assert pick(q, 1.0)[0, 0] <= 0
 
 
 def test_explore_action_variants():
