@@ -470,10 +470,11 @@ def test_reward_transform_is_the_datasets_offline_and_online(tmp_path, monkeypat
     assert all(mine == pytest.approx(scale * theirs, rel=1e-4) for mine, theirs in added)
 
 
-def test_minus_one_transform(tmp_path):
-    path = small_kitchen_file(tmp_path / "k.hdf5")
+def test_minus_one_transform_and_clipped_actions(tmp_path):
+    path = small_kitchen_file(tmp_path / "k.hdf5", actions=np.ones((120, 9)))
     args = make_args(dataset=path, kitchen_rewards="stock", reward_transform="minus_one")
     data, rule, _ = o3f.load_dataset(args, o3f.get_task("kitchen-mixed-v0"), o3f.make_env("kitchen-mixed-v0"))
+    assert np.array_equal(data["actions"], np.full((119, 9), np.float32(1 - 1e-5)))  # as in IQL's code
     assert set(data["rewards"]) == {-1.0, 0.0, 1.0} and rule(np.zeros(60), 1.0, np.zeros(60), False)[0] == 0.0
 
 
