@@ -240,7 +240,9 @@ def test_policy_samples_are_the_clipped_gaussian():
     assert torch.allclose(draws.mean(0), mean[0], atol=5 * 0.1 / math.sqrt(20_000))
     assert torch.allclose(draws.std(0), torch.full((3,), 0.1).double(), rtol=0.03)
     with torch.no_grad():
-        agent.actor.log_std.fill_(5.0)  # clipped to 2, and the samples to the box
+        agent.actor.log_std.copy_(torch.tensor([5.0, -9.0, 0.5]))
+        assert agent.actor(obs[:1])[1].tolist() == [2.0, -5.0, 0.5]
+        agent.actor.log_std.fill_(5.0)  # and the samples are clipped to the box
     draws = agent.policy(obs, sample=True, generator=torch.Generator().manual_seed(0))
     assert draws.abs().max() == 1.0
 
@@ -961,7 +963,8 @@ def test_seeds_and_independent_streams(tmp_path):
     assert first != run_metrics(tmp_path, "c", data, "--seed", 1)
     assert first == run_metrics(tmp_path, "d", data, "--eval-every", 7)  # evaluating more changes nothing
     # Exploration draws from a stream of its own: at σ = 0 the number of candidates changes no action, and no batch.
-    one, ten = (run_metrics(tmp_path, f"n{n}", data, "--sigma", 0, "--num-candidates", n) for n in (1, 10))
+    one, ten = (run_metrics(tmp_path, f"n{n}", data, "--proposal", "mean", "--sigma", 0, "--num-candidates", n)
+                for n in (1, 10))
     assert [row["losses/qf"] for row in one] == [row["losses/qf"] for row in ten]
 
 
