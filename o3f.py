@@ -877,7 +877,7 @@ def load_agent(path: str, agent: IQL, args: Args, rule: RewardRule, device: torc
 class RunLog:
     """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
 
-    What is added stays on the device until it is written. Raises: UserError where the folder is not ours.
+    What is added stays on the device until it is written. Raises: UserError where it is in use or read-only.
     """
 
     def __init__(self, args: Args, metrics: tuple[str, ...]):
