@@ -46,7 +46,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, Optional
+from typing import Callable, Literal, NamedTuple, Optional, Union
 
 import gymnasium as gym
 import h5py
@@ -66,8 +66,8 @@ class Args:
     # -- run --
     env_id: str = "halfcheetah-random-v2"
     """task: a D4RL name (halfcheetah-medium-v2, kitchen-mixed-v0) or a gymnasium id with Box spaces"""
-    base: Literal["iql"] = "iql"
-    """offline algorithm that is fine-tuned; the paper uses IQL and LAPO"""
+    base: Literal["iql", "lapo"] = "iql"
+    """offline algorithm that is fine-tuned"""
     seed: int = 0
     """seeds four independent streams: learning, exploration, training environment, evaluation"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -87,17 +87,17 @@ class Args:
     """transitions to collect, where data is collected (D4RL 1M); more = slower start, wider coverage"""
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
     """consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's +1s"""
-    reward_transform: Optional[Literal["none", "return_range", "minus_one"]] = None
-    """return_range: r*1000/(max - min return) (IQL, locomotion); minus_one: r - 1; none (IQL, kitchen)"""
+    reward_transform: Optional[Literal["none", "return_range", "minus_one", "max", "x100"]] = None
+    """return_range (IQL): r*1000/(max - min return); max (LAPO): r/max r; minus_one: r - 1; x100: 100*r"""
     # -- both phases --
     offline_steps: int = 1_000_000
     """updates before the first environment step (papers 1M), logged as negative steps"""
     online_steps: int = 250_000
     """environment steps of fine-tuning; ours: a fifth of the buffer beside D4RL's 1M rows (IQL's: 1M)"""
     batch_size: Optional[int] = None
-    """transitions per update (IQL 256); more = less noise, slower"""
+    """transitions per update (IQL 256, LAPO 512); more = less noise, slower"""
     learning_rate: Optional[float] = None
-    """Adam's step size, every network, both phases (IQL 3e-4); more = faster, less stable"""
+    """Adam's step size, every network, both phases (IQL 3e-4, LAPO 2e-4); more = faster, less stable"""
     gamma: float = 0.99
     """discount per step (papers 0.99); more = looks further ahead, converges later"""
     tau: float = 0.005
@@ -116,13 +116,13 @@ class Args:
     omega: float = 0.0  # new in O3F
     """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
     proposal: Optional[Literal["sample", "mean"]] = None
-    """a, which all three ways to explore start from: a sample of the policy (IQL) or its mean"""
+    """a, which all ways to explore start from: a sample of the policy (IQL) or its mean (LAPO)"""
     rank_critics: Literal["online", "target"] = "online"
     """critics that score the candidates (paper silent); target = steadier, later to react"""
     clip_candidates: bool = True
     """clip candidates to +-1 before they are scored, executed and stored (paper silent)"""
     utd: Optional[int] = None
-    """updates per environment step (IQL 1); more = more learned per step, slower, less stable"""
+    """updates per environment step (IQL 1, LAPO 20: its critics only); more = learns faster, less stable"""
     reset_optimizer: bool = False
     """forget Adam's moments at the switch to online (paper silent; ours: they carry over)"""
     buffer_size: Optional[int] = None
@@ -138,6 +138,23 @@ class Args:
     """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
     actor_dropout: Optional[float] = None
     """dropout rate of the actor in updates, never in acting (kitchen 0.1, else 0); more = regularises more"""
+    # -- LAPO --
+    subset_size: int = 2
+    """target critics that form a target, drawn anew per update (REDQ 2); more = lower values for lambda 1"""
+    doubleq_min: Optional[float] = None
+    """lambda, weight of the subset's minimum beside its maximum (ant maze 0.7, else 1); more = pessimistic"""
+    value_clamp: Optional[Literal["discounted", "once", "none"]] = None
+    """limits of V's targets from the rewards seen: r/(1 - gamma), or r itself where it is paid once"""
+    latent_dim: Optional[int] = None
+    """size of z (paper, and None: twice the action's); more = actions are reproduced more exactly"""
+    max_latent: float = 2.0
+    """the policy's limit on |z| (paper 2); more = rarer actions come within reach"""
+    latent_noise: float = 0.1
+    """std of the noise on z in V's targets, cut at two std (paper 0.1); more = smoother values"""
+    kl_weight: float = 1.0
+    """weight of the CVAE's KL (paper 1); more = z says less about the action, all of |z| <= 2 is in use"""
+    good_weight: float = 0.9
+    """weight in the CVAE's loss of actions that beat V, 1 - it of the others (paper 0.9); 0.5 = clone all"""
     # -- evaluation and output --
     eval_every: int = 10_000
     """steps between evaluations, both phases; more = faster, coarser curve"""
@@ -157,13 +174,17 @@ PRESETS = {
     "iql/locomotion": DENSE,
     "iql/kitchen": dict(expectile=0.7, beta=0.5, actor_dropout=0.1, reward_transform="none"),
     "iql/other": DENSE,
+    "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", doubleq_min=1.0,
+                 value_clamp="discounted", reward_transform="max"),
+    "lapo/locomotion": {}, "lapo/kitchen": {}, "lapo/other": {},
     "locomotion": dict(sigma=0.2),
     "kitchen": dict(sigma=0.05),
     "other": dict(sigma=0.2),
 }
-COUNTS = "num_candidates num_critics batch_size hidden_dim utd eval_every eval_episodes log_every"
-LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(COUNTS.split(), (1, 1e9))
-LIMITS |= dict.fromkeys("gamma tau expectile actor_dropout offline_ratio".split(), (0, 1))  # else (0, 1e9)
+COUNTS = "num_candidates num_critics subset_size batch_size hidden_dim latent_dim utd eval_episodes"
+SHARES = "gamma tau expectile actor_dropout offline_ratio doubleq_min good_weight"
+LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES.split(), (0, 1))
+LIMITS |= dict.fromkeys(f"{COUNTS} eval_every log_every".split(), (1, 1e9))  # all else: (0, 1e9)
 
 
 class UserError(Exception):
@@ -178,6 +199,8 @@ def resolve(args: Args, family: str) -> Args:
         low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
+    if args.subset_size > args.num_critics:
+        raise UserError(f"--subset-size {args.subset_size}: more than --num-critics {args.num_critics}")
     return args
 
 
@@ -194,15 +217,18 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) -> nn.Sequential:
-    """linear-ReLU-dropout per hidden size, then linear. IQL's init: orthogonal, gain √2, zero bias."""
+def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0, orthogonal: bool = True):
+    """linear-ReLU-dropout per hidden size, then linear: an nn.Sequential.
+
+    orthogonal: IQL's init, gain √2 in every layer, the last too, zero bias. Else LAPO's, PyTorch's own.
+    """
     layers = []
     for in_dim, out_dim in zip(sizes, sizes[1:]):
-        layer = linear(in_dim, out_dim)
-        nn.init.zeros_(layer.bias)
-        # The last layer has gain √2 too. One draw per member: different starts make the critics disagree.
+        layer, bound = linear(in_dim, out_dim), in_dim**-0.5
+        nn.init.uniform_(layer.bias, -bound, bound) if not orthogonal else nn.init.zeros_(layer.bias)
+        # One draw per member: different starts make the critics disagree.
         for weight in layer.weight.view(-1, *layer.weight.shape[-2:]):  # (1 or m, rows, columns)
-            nn.init.orthogonal_(weight, gain=2**0.5)
+            nn.init.orthogonal_(weight, 2**0.5) if orthogonal else nn.init.uniform_(weight, -bound, bound)
         layers += [layer, nn.ReLU(inplace=True), nn.Dropout(dropout)]
     return nn.Sequential(*layers[:-2])
 
@@ -210,22 +236,27 @@ def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) ->
 class Critics(nn.Module):
     """The ensemble Q_1 ... Q_m: obs (B, O), actions (B, A) -> (m, B)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden_dim: int):
+    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden: list[int], orthogonal: bool = True):
         super().__init__()
-        self.m = m
-        self.net = mlp([obs_dim + act_dim, hidden_dim, hidden_dim, 1], functools.partial(EnsembleLinear, m))
+        linear = functools.partial(EnsembleLinear, m)
+        self.m, self.net = m, mlp([obs_dim + act_dim, *hidden, 1], linear, orthogonal=orthogonal)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, actions], -1).expand(self.m, -1, -1)  # (m, B, O + A), a view: no copies
-        return self.net(x).squeeze(-1)  # (m, B)
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor, members: Optional[torch.Tensor] = None):
+        """members: indices (k,) on the device of the only critics to ask, at k/m of the cost: -> (k, B)."""
+        k = self.m if members is None else len(members)
+        x = torch.cat([obs, actions], -1).expand(k, -1, -1)  # (k, B, O + A), a view: no copies
+        if members is None:
+            return self.net(x).squeeze(-1)
+        chosen = {name: p[members] for name, p in self.net.named_parameters()}
+        return torch.func.functional_call(self.net, chosen, x).squeeze(-1)
 
 
 class GaussianActor(nn.Module):
     """π(a|s) = N(tanh(MLP(s)), diag(std²)), one learned log-std per action dimension for all states."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, dropout: float):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: list[int], dropout: float):
         super().__init__()
-        self.net = mlp([obs_dim, hidden_dim, hidden_dim, act_dim], dropout=dropout)
+        self.net = mlp([obs_dim, *hidden, act_dim], dropout=dropout)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,6 +285,16 @@ def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
     """IQL Eq. 7: min(exp(β·(Q − V)), limit), (B,). β = 0 gives 1 everywhere: plain cloning."""
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
+
+
+def mixed_q(q: torch.Tensor, doubleq_min: float) -> torch.Tensor:
+    """LAPO's λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,). λ = 1 is the plain minimum."""
+    return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
+
+
+def kl_to_standard_normal(mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+    """KL(N(μ, σ²) ‖ N(0, I)) = ½·Σ(μ² + σ² − 1 − log σ²) over z: (B, Z), (B, Z) -> (B,)."""
+    return 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).sum(-1)
 
 
 def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
@@ -298,29 +339,39 @@ class Batch(NamedTuple):
     terminations: torch.Tensor  # (B,), 1 at a true end
 
 
+def adam(args: Args, *nets: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam([p for net in nets for p in net.parameters()], args.learning_rate, fused=True)
+
+
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
 
     A base is METRICS, make_optimizers, update, policy and q_values: the rest of the file uses nothing else.
+    data (keys of Batch) is the dataset: IQL wants its shapes only.
     """
 
     METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
 
-    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+    def __init__(self, data: dict[str, np.ndarray], args: Args):
         super().__init__()
-        self.args = args
-        self.qf = Critics(obs_dim, act_dim, args.num_critics, args.hidden_dim)
+        self.args, hidden = args, [args.hidden_dim] * 2
+        obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        self.vf = mlp([obs_dim, args.hidden_dim, args.hidden_dim, 1])
-        self.actor = GaussianActor(obs_dim, act_dim, args.hidden_dim, args.actor_dropout).eval()
+        self.vf = mlp([obs_dim, *hidden, 1])
+        self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
 
     def make_optimizers(self) -> None:
         """One Adam per network; to be called on the final device."""
-        self.optimizers = {name: torch.optim.Adam(getattr(self, name).parameters(), self.args.learning_rate,
-                                                  fused=True) for name in ("vf", "actor", "qf")}
+        self.optimizers = {"vf": adam(self.args, self.vf), "actor": adam(self.args, self.actor),
+                           "qf": adam(self.args, self.qf)}
 
-    def update(self, batch: Batch) -> torch.Tensor:
-        """One gradient step on every network in the authors' order V, actor, Q, targets; METRICS' values."""
+    def update(self, *batches: Batch) -> torch.Tensor:
+        """A gradient step on every network per batch, METRICS' means over the batches."""
+        return torch.stack([self.step(batch) for batch in batches]).mean(0)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """One update in the authors' order V, actor, Q, targets; METRICS' values."""
         obs, actions, rewards, next_obs, ends = batch
         args, opt = self.args, self.optimizers
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (IQL Eq. 5). IQL takes the minimum of its
@@ -375,10 +426,153 @@ class IQL(nn.Module):
         return (self.qf_target if target else self.qf)(obs, actions)
 
 
-AGENTS = {"iql": IQL}
+class LAPO(nn.Module):
+    """Latent-variable advantage-weighted policy optimisation (Chen et al., arXiv 2203.08949), O3F's critics.
+
+    A CVAE learns to reproduce actions of the data, above all those that beat V. The policy chooses a point z
+    in the CVAE's latent space, |z_i| ≤ 2, and the decoder turns it into an action: where the prior N(0, I)
+    has its mass, that is an action like the data's. Networks see standardised states and actions; policy and
+    q_values speak the environment's units, so that σ of O3F means the same for both bases.
+    """
+
+    METRICS = tuple("losses/qf losses/vf q_mean q_std v_mean v_limit losses/cvae losses/actor adv kl".split())
+
+    def __init__(self, data: dict[str, np.ndarray], args: Args):
+        super().__init__()
+        self.args, hidden = args, [args.hidden_dim] * 3
+        obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+        latent_dim = args.latent_dim or 2 * act_dim
+        net = functools.partial(mlp, orthogonal=False)
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, orthogonal=False)
+        self.vf = net([obs_dim, *hidden, 1])
+        self.encoder = net([obs_dim + act_dim, *hidden, 2 * latent_dim])
+        self.decoder = net([obs_dim + latent_dim, *hidden, act_dim])
+        self.actor = net([obs_dim, *hidden, latent_dim])
+        # The authors keep slow copies of V and the encoder too, but nothing ever asks them.
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.decoder_target = copy.deepcopy(self.decoder).requires_grad_(False)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        # Buffers: saved with the agent. The statistics are the dataset's and stay, online too: if they moved,
+        # everything learned so far would mean something else.
+        for name, x in (("obs", data["observations"]), ("act", data["actions"])):
+            mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+            std = np.where(std < 1e-6, 1.0, std + 1e-6)  # a constant (a kitchen's goal) stays harmless
+            self.register_buffer(f"{name}_mean", torch.tensor(mean, dtype=torch.float32))
+            self.register_buffer(f"{name}_std", torch.tensor(std, dtype=torch.float32))
+        self.register_buffer("v_limits", torch.zeros(2))
+        self.widen(torch.from_numpy(data["rewards"]))
+
+    def make_optimizers(self) -> None:
+        """One Adam for the critics and V, one for the CVAE, one for the policy; call on the final device."""
+        self.optimizers = {"critics": adam(self.args, self.qf, self.vf), "actor": adam(self.args, self.actor),
+                           "cvae": adam(self.args, self.encoder, self.decoder)}
+
+    def widen(self, rewards: torch.Tensor) -> None:
+        """Widen V's limits to what these rewards allow, in place on the device.
+
+        No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid once, at
+        the end, not more than r. 0 is always within: V after an end. (With the kitchen's rewards the data
+        alone, max r = −1, would put V at −100 or less, however near the end is.) What is seen online must
+        widen them, or the value of a policy better than the data would be cut off.
+        """
+        scale = 1.0 / max(1.0 - self.args.gamma, 1e-6) if self.args.value_clamp == "discounted" else 1.0
+        low, high = self.v_limits
+        torch.minimum(low, scale * rewards.amin(), out=low)
+        torch.maximum(high, scale * rewards.amax(), out=high)
+
+    def act(self, obs: torch.Tensor, actor: nn.Module, decoder: nn.Module, noisy: bool = False,
+            generator: Optional[torch.Generator] = None) -> torch.Tensor:
+        """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2) if noisy; standardised, (B, O) -> (B, A)."""
+        z, std = self.args.max_latent * torch.tanh(actor(obs)), self.args.latent_noise
+        if noisy:
+            noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+            z = z + (std * noise).clamp(-2 * std, 2 * std)
+        return decoder(torch.cat([obs, z], -1))
+
+    def update(self, *batches: Batch) -> torch.Tensor:
+        """Critics and V once per batch, CVAE and policy once, on the last (REDQ's UTD); METRICS' values."""
+        args, values = self.args, []
+        for i, batch in enumerate(batches):
+            if i > 0:
+                polyak_(self.qf_target, self.qf, args.tau)
+            obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch[0], batch[3]))
+            batch = Batch(obs, (batch.actions - self.act_mean) / self.act_std, batch[2], next_obs, batch[4])
+            # REDQ: a few of the target critics, drawn on the device, one draw per update for the whole batch.
+            members = torch.rand(args.num_critics, device=obs.device).topk(args.subset_size).indices
+            values.append(self.update_critics(batch, members))
+        metrics = torch.cat([torch.stack(values).mean(0), self.update_policy(batch, members)])
+        for name in ("qf", "decoder", "actor"):
+            polyak_(getattr(self, f"{name}_target"), getattr(self, name), args.tau)
+        return metrics
+
+    def update_critics(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
+        """One step on Q and V; batch standardised."""
+        obs, actions, rewards, next_obs, ends = batch
+        args, opt = self.args, self.optimizers["critics"]
+        with torch.no_grad():
+            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of the slow
+            # policy: V is the value of the latent policy, where IQL's is that of the data's best.
+            target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), args.gamma)
+            policy_action = self.act(obs, self.actor_target, self.decoder_target, noisy=True)
+            v_target = mixed_q(self.qf_target(obs, policy_action, members), args.doubleq_min)  # (B,)
+            self.widen(rewards)
+            if args.value_clamp != "none":
+                v_target = v_target.clamp(*self.v_limits)
+        q, v = self.qf(obs, actions), self.vf(obs).squeeze(-1)  # (m, B), (B,)
+        qf_loss, vf_loss = ensemble_mse(q, target), ((v - v_target) ** 2).mean()
+        opt.zero_grad()
+        (qf_loss + vf_loss).backward()  # no parameter in common: each gets its own gradient
+        opt.step()
+        with torch.no_grad():
+            return torch.stack([qf_loss / len(q), vf_loss, q.mean(), q.std(0, correction=0).mean(), v.mean(),
+                                self.v_limits[1]])
+
+    def update_policy(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
+        """One step on the CVAE and one on the latent policy; batch standardised."""
+        obs, actions, rewards, next_obs, ends = batch
+        args, opt = self.args, self.optimizers
+        # CVAE: imitate with weight 0.9 what turned out better than V, with 0.1 the rest.
+        with torch.no_grad():
+            next_action = self.act(next_obs, self.actor_target, self.decoder_target)
+            next_q = mixed_q(self.qf_target(next_obs, next_action, members), args.doubleq_min)
+            adv = td_target(rewards, ends, next_q, args.gamma) - self.vf(obs).squeeze(-1)
+            weight = (args.good_weight - (adv <= 0).to(adv.dtype)).abs()  # (B,)
+        mean, log_var = self.encoder(torch.cat([obs, actions], -1)).chunk(2, -1)  # (B, Z) each
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        error = ((self.decoder(torch.cat([obs, z], -1)) - actions) ** 2).sum(-1)  # (B,)
+        kl = kl_to_standard_normal(mean, log_var)
+        cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
+        # Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))) through the decoder's slow copy.
+        actor_loss = -self.qf(obs, self.act(obs, self.actor, self.decoder_target)).mean()
+        opt["cvae"].zero_grad()
+        opt["actor"].zero_grad()
+        # The two share no parameter; the critics, which actor_loss runs through, are not to learn from it.
+        learners = nn.ModuleList([self.encoder, self.decoder, self.actor]).parameters()
+        (cvae_loss + actor_loss).backward(inputs=list(learners))
+        opt["cvae"].step()
+        opt["actor"].step()
+        with torch.no_grad():
+            return torch.stack([cvae_loss, actor_loss, adv.mean(), kl.mean()])
+
+    @torch.no_grad()
+    def policy(self, obs: torch.Tensor, sample: bool, generator: Optional[torch.Generator] = None):
+        """π's action, clipped to ±1; a sample has the noise of V's targets on z: (B, O) -> (B, A)."""
+        obs = (obs - self.obs_mean) / self.obs_std
+        action = self.act(obs, self.actor, self.decoder, sample, generator)
+        return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def q_values(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
+        """All critics, or their slow copies: (B, O), (B, A) -> (m, B)."""
+        obs, actions = (obs - self.obs_mean) / self.obs_std, (actions - self.act_mean) / self.act_std
+        return (self.qf_target if target else self.qf)(obs, actions)
 
 
-def explore_action(agent: IQL, obs: torch.Tensor, args: Args, generator: Optional[torch.Generator] = None):
+AGENTS = {"iql": IQL, "lapo": LAPO}
+Base = Union[IQL, LAPO]
+
+
+def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator: Optional[torch.Generator] = None):
     """The action to execute in fine-tuning, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
     if args.explore == "policy":
@@ -414,16 +608,16 @@ class ReplayBuffer:
         self.cursor += 1
         self.size = max(self.size, self.cursor)
 
-    def sample(self, batch_size: int, offline_ratio: Optional[float] = None) -> Batch:
+    def sample(self, batch_size: int, offline_ratio: Optional[float] = None, batches: int = 1) -> list[Batch]:
         """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
         device = self.rows.device
-        index = torch.randint(self.size, (batch_size,), device=device)
+        index = torch.randint(self.size, (batches, batch_size), device=device)
         if offline_ratio is not None and self.size > self.num_offline:
-            n = round(offline_ratio * batch_size)
-            index[:n] = torch.randint(self.num_offline, (n,), device=device)
-            index[n:] = torch.randint(self.num_offline, self.size, (batch_size - n,), device=device)
-        obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, 1)
-        return Batch(obs, actions, rewards.squeeze(1), next_obs, ends.squeeze(1))
+            n, online = round(offline_ratio * batch_size), (self.num_offline, self.size)
+            index[:, :n] = torch.randint(self.num_offline, (batches, n), device=device)
+            index[:, n:] = torch.randint(*online, (batches, batch_size - n), device=device)
+        obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)  # one gather for all
+        return [*map(Batch, obs, actions, rewards.squeeze(-1), next_obs, ends.squeeze(-1))]
 
 
 # ==== 7. Tasks and environments =============================================================================
@@ -506,15 +700,10 @@ KITCHEN_GOALS = {
 }
 
 
-def kitchen_done(obs: np.ndarray, sub_task: str) -> np.ndarray:
-    """Whether the sub-task's object is within 0.3 (L2) of its goal: obs (..., >= 30) -> bool (...)."""
-    index, goal = KITCHEN_GOALS[sub_task]
-    return np.linalg.norm(obs[..., index] - np.array(goal), axis=-1) < 0.3
-
-
-def kitchen_satisfied(obs: np.ndarray, targets: tuple[str, ...]) -> np.ndarray:
-    """How many of the targets are satisfied right now: obs (..., >= 30) -> int (...)."""
-    return sum(kitchen_done(obs, target).astype(int) for target in targets)
+def kitchen_done(obs: np.ndarray, targets: tuple[str, ...]) -> np.ndarray:
+    """Which sub-tasks' objects are within 0.3 (L2) of their goals: obs (..., >= 30) -> bool (..., k)."""
+    goals = [KITCHEN_GOALS[target] for target in targets]
+    return np.stack([np.linalg.norm(obs[..., i] - np.array(goal), axis=-1) < 0.3 for i, goal in goals], -1)
 
 
 @functools.lru_cache(1)
@@ -571,7 +760,7 @@ class KitchenEnv(gym.Env):
         self.data.qpos[:] = self.INIT_QPOS  # as it is: D4RL does not clip it to the joint bounds
         mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # the kettle's; MuJoCo 2 did so by itself
         mujoco.mj_forward(self.model, self.data)
-        self.remaining = set(self.targets)
+        self.done = np.zeros(len(self.targets), bool)
         return self._observe(), {"completed": []}
 
     def step(self, action: np.ndarray):
@@ -580,9 +769,10 @@ class KitchenEnv(gym.Env):
         self.data.ctrl[:] = ctrl.clip(self.low[:9], self.high[:9])
         mujoco.mj_step(self.model, self.data, 40)  # 40 steps of 2 ms
         obs = self._observe()
-        completed = sorted(target for target in self.remaining if kitchen_done(obs, target))
-        self.remaining -= set(completed)
-        return obs, float(len(completed)), not self.remaining, False, {"completed": completed}
+        new = kitchen_done(obs, self.targets) & ~self.done
+        self.done |= new
+        completed = [target for target, is_new in zip(self.targets, new) if is_new]
+        return obs, float(new.sum()), bool(self.done.all()), False, {"completed": completed}
 
     def render(self) -> np.ndarray:
         """(480, 640, 3) uint8. Without a screen, set the environment variable MUJOCO_GL=egl or osmesa."""
@@ -608,10 +798,7 @@ def find_dataset(args: Args) -> Path:
             raise UserError(f"--dataset {args.dataset}: no such file; give one in D4RL's layout, or `random`")
         return Path(args.dataset)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"no place for datasets: {e}; set $D4RL_DATASET_DIR to another folder") from e
+    cache.mkdir(parents=True, exist_ok=True)
     if not args.dataset:
         if args.env_id not in TASKS:
             raise UserError(f"--env-id {args.env_id} has no file: use --dataset FILE or --dataset random")
@@ -746,8 +933,8 @@ class RewardRule(NamedTuple):
             # A kitchen file pays the number of satisfied sub-tasks in every row, the environment each once:
             # two reward functions, which must not meet in one buffer. satisfied(s) − 4 is at most 0, so
             # finishing is worth most and waiting never pays. The one true end is all four at once.
-            rewards = kitchen_satisfied(obs, self.targets) - float(len(self.targets))
-            ends = kitchen_satisfied(next_obs, self.targets) == len(self.targets)
+            rewards = kitchen_done(obs, self.targets).sum(-1) - float(len(self.targets))
+            ends = kitchen_done(next_obs, self.targets).all(-1)
         return self.scale * rewards + self.shift, ends
 
 
@@ -767,15 +954,20 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
     returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
     print(reward_check(raw, ends, task, env))
-    scale, shift = 1.0, -1.0 if args.reward_transform == "minus_one" else 0.0
+    columns = [data[name] for name in ("observations", "rewards", "next_observations", "terminations")]
+    scale, shift = {"minus_one": (1.0, -1.0), "x100": (100.0, 0.0)}.get(args.reward_transform, (1.0, 0.0))
+    if args.reward_transform == "max":
+        # Where none is positive (the kitchen's satisfied − 4), the largest reward would turn the signs or
+        # be 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
+        rewards, _ = RewardRule(1.0, 0.0, targets)(*columns)
+        scale = 1.0 / max(float(rewards.max() if rewards.max() > 0 else np.abs(rewards).max()), 1e-6)
     if args.reward_transform == "return_range":
         if returns.min() == returns.max():
             raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
                             "--reward-transform none")
         scale = 1000.0 / float(np.ptp(returns))
     rule = RewardRule(scale, shift, targets)
-    columns = ("observations", "rewards", "next_observations", "terminations")
-    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*map(data.get, columns)))
+    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*columns))
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
     facts = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
              "transitions": len(data["rewards"]), "episodes": len(returns), "return_min": returns.min(),
@@ -794,7 +986,7 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
     obs, rewards = raw["observations"], raw["rewards"]
     if task.family == "kitchen":
         episodes = np.split(obs, np.flatnonzero(ends) + 1)
-        once = sum(kitchen_done(episode, target).any() for episode in episodes for target in task.targets)
+        once = sum(kitchen_done(episode, task.targets).any(0).sum() for episode in episodes)
         return (f"rewards: {'the same' if rewards.sum() == once else 'NOT the same'}: the file pays "
                 f"{rewards.sum():.0f} in all, the environment would pay {once}, +1 once per sub-task")
     if task.family == "other":
@@ -817,7 +1009,7 @@ EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discou
 
 
 @torch.no_grad()
-def evaluate(agent: IQL, envs: list[gym.Env], rule: RewardRule, task: Task, args: Args, seed: int) -> dict:
+def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, args: Args, seed: int) -> dict:
     """One episode in each environment, side by side, with a single policy call per step for all of them.
 
     Always from the same seeds, so that a change of the score is the policy's and not the draw's. q_start is
@@ -847,7 +1039,7 @@ def evaluate(agent: IQL, envs: list[gym.Env], rule: RewardRule, task: Task, args
 
 
 # ==== 10. Files =============================================================================================
-def save_agent(path: Path, agent: IQL, args: Args, rule: RewardRule, step: int) -> None:
+def save_agent(path: Path, agent: Base, args: Args, rule: RewardRule, step: int) -> None:
     """Networks, targets, optimisers, reward constants, as tensors and plain values; whole or not at all."""
     part = path.with_name(path.name + ".part")
     optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
@@ -856,7 +1048,7 @@ def save_agent(path: Path, agent: IQL, args: Args, rule: RewardRule, step: int) 
     part.replace(path)
 
 
-def load_agent(path: str, agent: IQL, args: Args, rule: RewardRule, device: torch.device) -> None:
+def load_agent(path: str, agent: Base, args: Args, rule: RewardRule, device: torch.device) -> None:
     """Restore an agent in place. Raises: UserError where it is none, or of another task, base or size."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)  # data only: runs no code of it
@@ -884,13 +1076,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
         name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
         folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
-            (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        except OSError as e:
-            raise UserError(f"--run-dir {folder}: cannot be written to ({e}); choose another folder") from e
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
+        (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
@@ -997,7 +1186,7 @@ def main(args: Args) -> dict:
         raise UserError(f"--batch-size {args.batch_size}: more than the dataset's {rows} transitions")
     if args.buffer_size is not None and args.buffer_size <= rows:
         raise UserError(f"--buffer-size {args.buffer_size}: give more than the dataset's {rows} transitions")
-    agent = AGENTS[args.base](env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    agent = AGENTS[args.base](data, args).to(device)
     agent.make_optimizers()
     if args.load:
         load_agent(args.load, agent, args, rule, device)
@@ -1032,7 +1221,7 @@ def main(args: Args) -> dict:
     try:
         # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
         for step in progress(range(1 if args.load else 1 - args.offline_steps, 1), "offline", "update"):
-            log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size)))
+            log.add(agent.METRICS, agent.update(*buffer.sample(args.batch_size)))
             log.lap("offline update")
             if step % args.log_every == 0:
                 log.write(step, "offline")
@@ -1058,8 +1247,8 @@ def main(args: Args) -> dict:
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
             log.lap("add")
-            for _ in range(args.utd):
-                log.add(agent.METRICS, agent.update(buffer.sample(args.batch_size, args.offline_ratio)))
+            batches = buffer.sample(args.batch_size, args.offline_ratio, args.utd)
+            log.add(agent.METRICS, agent.update(*batches))
             log.lap("online update")
             obs = next_obs
             if terminated or truncated:
@@ -1091,6 +1280,9 @@ def cli(argv: Optional[list[str]] = None) -> int:
         return 0 if main(tyro.cli(Args, args=argv, description=__doc__))["status"] == "finished" else 130
     except UserError as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
+        return 2
+    except OSError as e:  # of a path that cannot be written or read, or a full disk: the message names it
+        print(f"error: {e}: choose another --run-dir, or $D4RL_DATASET_DIR for datasets", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before there was anything to finish
         return 130

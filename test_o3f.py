@@ -38,12 +38,25 @@ def make_args(env_id="kitchen-mixed-v0", **flags):
     return o3f.resolve(args, o3f.get_task(env_id).family)
 
 
-def make_agent(obs_dim=7, act_dim=3, seed=0, dtype=torch.float64, **flags):
+def make_agent(obs_dim=7, act_dim=3, seed=0, dtype=torch.float64, data=None, **flags):
     torch.manual_seed(seed)
-    flags = {"hidden_dim": 16, "actor_dropout": 0.0, **flags}
-    agent = o3f.IQL(obs_dim, act_dim, make_args(**flags)).to(dtype)
+    flags = {"hidden_dim": 16, "base": "iql", **flags}
+    if flags["base"] == "iql":
+        flags = {"actor_dropout": 0.0, **flags}
+    data = data or make_data(50, obs_dim, act_dim)
+    agent = o3f.AGENTS[flags["base"]](data, make_args(**flags)).to(dtype)
     agent.make_optimizers()
     return agent
+
+
+def make_data(rows, obs_dim=7, act_dim=3, seed=2):
+    """A dataset with means and scales of its own; its last observation feature is constant."""
+    rng = np.random.default_rng(seed)
+    obs = rng.normal(0.7, 3.0, (rows, obs_dim))
+    obs[:, -1] = 0.3
+    data = {"observations": obs, "actions": rng.uniform(-0.2, 0.9, (rows, act_dim)), "rewards": rng.normal(size=rows),
+            "next_observations": rng.normal(size=(rows, obs_dim)), "terminations": np.zeros(rows)}
+    return {name: x.astype(np.float32) for name, x in data.items()}
 
 
 def make_batch(size=32, obs_dim=7, act_dim=3, seed=1):
@@ -126,7 +139,7 @@ def test_polyak():
 # ==== networks ==============================================================================================
 def test_batched_critics_are_five_separate_mlps():
     torch.manual_seed(0)
-    critics = o3f.Critics(7, 3, 5, 16).double()
+    critics = o3f.Critics(7, 3, 5, [16, 16]).double()
     layers = [m for m in critics.net if hasattr(m, "weight")]
     for layer in layers:  # biases start at 0: give them values, or the test would not see them
         layer.bias.data.normal_()
@@ -162,6 +175,24 @@ def test_init_is_orthogonal_with_gain_root_two_and_members_differ():
     first = agent.qf.net[0].weight
     assert all(not torch.equal(first[0], first[j]) for j in range(1, 5))
     assert all(torch.equal(p, q) for p, q in zip(agent.qf.parameters(), agent.qf_target.parameters()))
+
+
+def test_lapo_init_is_pytorchs_default():
+    """U(±1/√in) for weights and biases, three hidden layers in every network, members that differ."""
+    agent = make_agent(base="lapo", hidden_dim=64, dtype=torch.float32)
+    for net in (agent.vf, agent.qf.net, agent.encoder, agent.decoder, agent.actor):
+        layers = [m for m in net if hasattr(m, "weight")]
+        assert len(layers) == 4
+        for layer in layers:
+            fan_in = layer.weight.shape[1 if layer.weight.dim() == 2 else -2]
+            for x in (layer.weight, layer.bias):
+                assert x.abs().max() <= fan_in**-0.5
+            if layer.weight.numel() > 1000:
+                assert layer.weight.abs().max() > 0.95 * fan_in**-0.5
+                assert layer.weight.std().item() == pytest.approx(fan_in**-0.5 / math.sqrt(3), rel=0.1)
+                assert layer.bias.std().item() == pytest.approx(fan_in**-0.5 / math.sqrt(3), rel=0.35)
+    first = agent.qf.net[0].weight
+    assert all(not torch.equal(first[0], first[j]) for j in range(1, 5))
 
 
 # ==== IQL ===================================================================================================
@@ -216,6 +247,187 @@ def test_iql_update_against_the_formulas():
     assert values["q_std"] == pytest.approx(q_by_hand.std(0, correction=0).mean().item())
 
 
+# ==== LAPO ==================================================================================================
+def test_kl_against_pytorchs_and_the_mix_against_sorting():
+    mean, log_var = torch.randn(9, 4).double(), torch.randn(9, 4).double()
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (0.5 * log_var).exp()), normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(o3f.kl_to_standard_normal(mean, log_var), expected)
+    q = torch.randn(3, 8).double()
+    for lam in (1.0, 0.7, 0.0):
+        ordered = [sorted(column) for column in q.T.tolist()]
+        assert o3f.mixed_q(q, lam).tolist() == pytest.approx([lam * c[0] + (1 - lam) * c[-1] for c in ordered])
+
+
+def test_critics_asked_one_by_one_say_the_same():
+    agent, batch = make_agent(base="lapo"), make_batch()
+    members = torch.tensor([3, 0])
+    some = agent.qf(batch.observations, batch.actions, members)
+    for row, j in zip(some, members):
+        assert torch.allclose(row, critic_by_hand(agent, j, batch.observations, batch.actions))
+
+
+def lapo_data(agent):
+    """Mean and std of the agent's dataset in float64, worked out column by column."""
+    data = make_data(50)
+    stats = []
+    for x in (data["observations"].astype(np.float64), data["actions"].astype(np.float64)):
+        mean = [sum(column) / len(column) for column in x.T]
+        std = [math.sqrt(sum((v - m) ** 2 for v in column) / len(column)) for column, m in zip(x.T, mean)]
+        stats += [torch.tensor(mean), torch.tensor([s + 1e-6 if s > 1e-6 else 1.0 for s in std])]
+    return [x.double() for x in stats]
+
+
+@pytest.mark.parametrize("lam, clamp", [(1.0, "none"), (0.7, "discounted"), (0.7, "once")])
+def test_lapo_update_against_the_formulas(lam, clamp):
+    """One whole update: critics and V, CVAE, latent policy, each from its own loss alone; then Polyak."""
+    gamma, tau, lr, m = 0.99, 0.005, 2e-4, 5
+    agent = make_agent(base="lapo", doubleq_min=lam, value_clamp=clamp)
+    batch = make_batch()
+    with torch.no_grad():  # slow copies that differ; value targets on both sides of 0, past the narrow limits
+        for net in (agent.qf_target, agent.decoder_target, agent.actor_target):
+            for p in net.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        agent.qf_target.net[-1].weight.mul_(30.0)
+    old = copy.deepcopy(agent)
+    obs_mean, obs_std, act_mean, act_std = lapo_data(agent)
+    assert obs_std[-1] == 1.0  # the constant feature
+    s, s2 = ((x - obs_mean) / obs_std for x in (batch.observations, batch.next_observations))
+    a, r, d = (batch.actions - act_mean) / act_std, batch.rewards, batch.terminations
+
+    torch.manual_seed(11)
+    members = sorted(range(m), key=torch.rand(m).tolist().__getitem__)[-2:]
+    latent_noise, cvae_noise = (torch.randn(32, 6, dtype=torch.float64) for _ in range(2))
+
+    cat = lambda *x: torch.cat(x, 1)  # noqa: E731
+    value = lambda net, x: linear_by_hand(net, x).squeeze(1)  # noqa: E731
+    mix = lambda o, b: torch.stack([  # noqa: E731
+        lam * min(x) + (1 - lam) * max(x)
+        for x in zip(*(critic_by_hand(old, j, o, b, target=True) for j in members))])
+    # 1. critics and V
+    z = 2 * torch.tanh(linear_by_hand(old.actor_target, s)) + (0.1 * latent_noise).clamp(-0.2, 0.2)
+    v_target = mix(s, linear_by_hand(old.decoder_target, cat(s, z))).detach()
+    everything = np.concatenate([make_data(50)["rewards"], r.numpy()])
+    limits = [scale * x for scale in [{"discounted": 100.0, "once": 1.0, "none": math.inf}[clamp]]
+              for x in (min(0.0, everything.min()), max(0.0, everything.max()))]
+    if clamp == "once":
+        assert v_target.min() < limits[0] or v_target.max() > limits[1]  # so that the clamp is put to work
+    v_target = v_target.clamp(*limits)
+    y = r + gamma * (1 - d) * value(old.vf, s2).detach()
+    vf_loss = ((value(old.vf, s) - v_target) ** 2).mean()
+    qf_losses = [((critic_by_hand(old, j, s, a) - y) ** 2).mean() for j in range(m)]
+
+    def stepped(net, loss):
+        params = list(net.parameters())
+        return [p + adam_first_step(g, lr) for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=True))]
+
+    new = {"qf": stepped(old.qf, sum(qf_losses)), "vf": stepped(old.vf, vf_loss)}
+    # 2. CVAE, with the new V and the slow critics of before
+    new_v = mlp_by_hand(s, [w.T for w in new["vf"][::2]], new["vf"][1::2]).squeeze(1).detach()
+    next_z = 2 * torch.tanh(linear_by_hand(old.actor_target, s2))
+    adv = r + gamma * (1 - d) * mix(s2, linear_by_hand(old.decoder_target, cat(s2, next_z))) - new_v
+    assert (adv > 0).any() and (adv < 0).any()
+    weight = torch.tensor([0.9 if x > 0 else 0.1 for x in adv.tolist()]).double()
+    mu, log_var = linear_by_hand(old.encoder, cat(s, a)).split(6, 1)
+    decoded = linear_by_hand(old.decoder, cat(s, mu + torch.exp(log_var / 2) * cvae_noise))
+    kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum(1)
+    cvae_loss = (weight * (((decoded - a) ** 2).sum(1) + kl)).mean()
+    new |= {"encoder": stepped(old.encoder, cvae_loss), "decoder": stepped(old.decoder, cvae_loss)}
+    # 3. latent policy, against the new critics' mean, through the slow decoder
+    own_z = 2 * torch.tanh(linear_by_hand(old.actor, s))
+    action = linear_by_hand(old.decoder_target, cat(s, own_z))
+    q_new = [mlp_by_hand(cat(s, action), [w[j] for w in new["qf"][::2]], [b[j, 0] for b in new["qf"][1::2]])
+             for j in range(m)]
+    actor_loss = -torch.stack(q_new).mean()
+    new["actor"] = stepped(old.actor, actor_loss)
+
+    torch.manual_seed(11)
+    values = dict(zip(agent.METRICS, agent.update(batch).tolist()))
+    for name, expected in new.items():
+        for p, q in zip(getattr(agent, name).parameters(), expected):
+            assert torch.allclose(p, q, rtol=0, atol=1e-8), name
+    for name in ("qf", "decoder", "actor"):
+        slow = (getattr(agent, f"{name}_target"), getattr(old, f"{name}_target"))
+        for p, before, q in zip(slow[0].parameters(), slow[1].parameters(), new[name]):
+            assert torch.allclose(p, (1 - tau) * before + tau * q, rtol=0, atol=1e-8), name
+    expected = {"losses/qf": sum(qf_losses) / m, "losses/vf": vf_loss, "losses/cvae": cvae_loss,
+                "losses/actor": actor_loss, "adv": adv.mean(), "kl": kl.mean()}
+    assert {name: values[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()})
+
+
+def test_lapo_subset_is_drawn_anew_and_evenly():
+    """Only one target critic is low: how often it decides says how often it is among the two of five."""
+    agent, batch = make_agent(base="lapo", value_clamp="none"), make_batch(4)
+    with torch.no_grad():
+        for net in (agent.qf_target, agent.vf):
+            for p in net.parameters():
+                p.zero_()
+        agent.qf_target.net[-1].bias[3] = -100.0
+    seen, state = [], copy.deepcopy(agent.state_dict())
+    for _ in range(400):
+        agent.load_state_dict(state)
+        seen.append(agent.update(batch)[1].item() > 5000)  # V's loss: 100² or 0
+    assert abs(np.mean(seen) - 2 / 5) < 4 * math.sqrt(0.4 * 0.6 / 400)
+
+
+def test_lapo_value_limits_start_with_the_dataset_and_widen_with_what_is_seen():
+    data = make_data(50) | {"rewards": np.linspace(-4.0, -1.0, 50, dtype=np.float32)}
+    limits = lambda agent: agent.v_limits.tolist()  # noqa: E731
+    discounted, once = (make_agent(base="lapo", data=data, value_clamp=x) for x in ("discounted", "once"))
+    assert limits(discounted) == pytest.approx([-400.0, 0.0])  # 0 is what follows an end, whatever the data says
+    assert limits(once) == [-4.0, 0.0]
+    batch = make_batch()
+    for agent in (discounted, once):
+        agent.update(batch._replace(rewards=torch.full((32,), -2.0).double()))
+    assert limits(discounted) == pytest.approx([-400.0, 0.0]) and limits(once) == [-4.0, 0.0]
+    for agent in (discounted, once):
+        agent.update(batch._replace(rewards=torch.linspace(-5.0, 3.0, 32).double()))
+    assert limits(discounted) == pytest.approx([-500.0, 300.0]) and limits(once) == [-5.0, 3.0]
+
+
+def test_lapo_speaks_environment_units():
+    agent = make_agent(base="lapo")
+    obs_mean, obs_std, act_mean, act_std = lapo_data(agent)
+    raw = make_batch()
+    s, a = (raw.observations - obs_mean) / obs_std, (raw.actions - act_mean) / act_std
+    z = 2 * torch.tanh(linear_by_hand(agent.actor, s))
+    decoded = linear_by_hand(agent.decoder, torch.cat([s, z], 1))
+    assert torch.allclose(agent.policy(raw.observations, False), (decoded * act_std + act_mean).clamp(-1, 1), atol=1e-6)
+    for target in (False, True):
+        q = torch.stack([critic_by_hand(agent, j, s, a, target) for j in range(5)])
+        assert torch.allclose(agent.q_values(raw.observations, raw.actions, target), q, atol=1e-6)
+    with torch.no_grad():
+        agent.decoder[-1].bias.fill_(50.0)  # the decoder is linear: what is executed stays in the box
+    assert torch.equal(agent.policy(raw.observations, False), torch.ones(32, 3).double())
+    # A sample moves z by 0.1·ε, cut at 0.2, and nothing else; the mean is deterministic.
+    agent, g = make_agent(base="lapo"), torch.Generator()
+    noise = torch.randn(32, 6, generator=g.manual_seed(4), dtype=torch.float64)
+    assert (noise.abs() > 2).any()
+    decoded = linear_by_hand(agent.decoder, torch.cat([s, z + (0.1 * noise).clamp(-0.2, 0.2)], 1))
+    sample = agent.policy(raw.observations, True, g.manual_seed(4))
+    assert torch.allclose(sample, (decoded * act_std + act_mean).clamp(-1, 1), atol=1e-6)
+
+
+def test_lapo_updates_critics_per_batch_and_policy_once():
+    """Three batches: three critic steps with Polyak after each, one step and one Polyak for CVAE and policy."""
+    agent, tau = make_agent(base="lapo"), 0.005
+    batches = [make_batch(seed=i) for i in range(3)]
+    slow, policy = ([p.clone() for p in net.parameters()] for net in (agent.qf_target, agent.actor_target))
+    for i in range(3):  # critics after 1, 2, 3 batches; the policy's update comes after all of them
+        partial = copy.deepcopy(agent)
+        partial.make_optimizers()
+        torch.manual_seed(7)
+        partial.update(*batches[: i + 1])
+        slow = [(1 - tau) * t + tau * q for t, q in zip(slow, partial.qf.parameters())]
+    for p, q in zip(partial.qf_target.parameters(), slow):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+    for p, before, new in zip(partial.actor_target.parameters(), policy, partial.actor.parameters()):
+        assert torch.allclose(p, (1 - tau) * before + tau * new, rtol=0, atol=1e-12)
+    steps = {name: {int(state["step"]) for state in opt.state.values()} for name, opt in partial.optimizers.items()}
+    assert steps == {"critics": {3}, "cvae": {1}, "actor": {1}}
+
+
+# ==== acting ================================================================================================
 def test_dropout_acts_in_updates_and_never_elsewhere():
     batch, losses = make_batch(), []
     for rate in (0.0, 0.5):
@@ -345,16 +557,21 @@ def test_buffer_keeps_the_dataset_and_wraps_over_online_rows():
 def test_sampling_is_uniform_over_all_rows_and_offline_ratio_is_a_count():
     buffer = o3f.ReplayBuffer(buffer_data(6), 10, torch.device("cpu"))
     torch.manual_seed(0)
-    assert set(buffer.sample(500, 0.25).rewards.tolist()) == {0, 1, 2, 3, 4, 5}  # nothing online yet
+    assert set(buffer.sample(500, 0.25)[0].rewards.tolist()) == {0, 1, 2, 3, 4, 5}  # nothing online yet
     for i in range(2):
         buffer.add(np.zeros(2), np.zeros(1), 100.0 + i, np.zeros(2), False)
-    counts = np.bincount(np.searchsorted([0, 1, 2, 3, 4, 5, 100, 101], buffer.sample(80_000).rewards.numpy()))
+    counts = np.bincount(np.searchsorted([0, 1, 2, 3, 4, 5, 100, 101], buffer.sample(80_000)[0].rewards.numpy()))
     assert len(counts) == 8 and np.abs(counts - 10_000).max() < 5 * math.sqrt(10_000)
     for ratio in (0.0, 0.25, 1.0):
-        batch = buffer.sample(200, ratio)
+        (batch,) = buffer.sample(200, ratio)
         assert (batch.rewards < 50).sum().item() == round(200 * ratio)
-    batch = buffer.sample(8)
+    (batch,) = buffer.sample(8)
     assert [x.shape for x in batch] == [(8, 2), (8, 1), (8,), (8, 2), (8,)]
+    batches = buffer.sample(200, 0.25, batches=20)  # of one gather, yet every one a draw of its own
+    assert len(batches) == 20 and [x.shape for x in batches[7]] == [(200, 2), (200, 1), (200,), (200, 2), (200,)]
+    assert all((batch.rewards < 50).sum().item() == 50 for batch in batches)
+    assert len({tuple(batch.rewards.tolist()) for batch in batches}) == 20
+    assert all((batch.observations[:, 0] == 2 * batch.rewards).sum() == 50 for batch in batches)  # rows stay whole
 
 
 # ==== data ==================================================================================================
@@ -478,6 +695,27 @@ def test_minus_one_transform_and_clipped_actions(tmp_path):
     data, rule, _ = o3f.load_dataset(args, o3f.get_task("kitchen-mixed-v0"), o3f.make_env("kitchen-mixed-v0"))
     assert np.array_equal(data["actions"], np.full((119, 9), np.float32(1 - 1e-5)))  # as in IQL's code
     assert set(data["rewards"]) == {-1.0, 0.0, 1.0} and rule(np.zeros(60), 1.0, np.zeros(60), False)[0] == 0.0
+
+
+@pytest.mark.parametrize("kitchen_rewards", ["consistent", "stock"])
+def test_lapos_rewards_keep_their_sign_where_none_is_positive(tmp_path, kitchen_rewards):
+    path = small_kitchen_file(tmp_path / "k.hdf5")
+    args = make_args(dataset=path, base="lapo", kitchen_rewards=kitchen_rewards)
+    data, rule, _ = o3f.load_dataset(args, o3f.get_task("kitchen-mixed-v0"), o3f.make_env("kitchen-mixed-v0"))
+    seen = sorted(set(data["rewards"].tolist()))
+    with h5py.File(path) as f:
+        raw = f["rewards"][:]
+    if kitchen_rewards == "stock":
+        assert seen == pytest.approx(sorted(set((raw / raw.max()).tolist())))
+    else:
+        assert seen == pytest.approx(sorted(set(((raw - 4) / np.abs(raw - 4).max()).tolist()))) and max(seen) < 0
+
+
+def test_reward_x100(tmp_path):
+    path = small_kitchen_file(tmp_path / "k.hdf5")
+    args = make_args(dataset=path, base="lapo", kitchen_rewards="stock", reward_transform="x100")
+    data, rule, _ = o3f.load_dataset(args, o3f.get_task("kitchen-mixed-v0"), o3f.make_env("kitchen-mixed-v0"))
+    assert data["rewards"].max() >= 100 and rule(np.zeros(60), 1.0, np.zeros(60), False)[0] == 100.0
 
 
 def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monkeypatch, capsys):
@@ -629,10 +867,10 @@ def test_kitchen_pays_each_sub_task_once_and_ends_when_all_are_done():
     assert put(env)[1] == 0.0
     obs, reward, terminated, _, info = put(env, microwave=True)
     assert (reward, terminated, info["completed"]) == (1.0, False, ["microwave"])
-    assert o3f.kitchen_satisfied(obs, env.unwrapped.targets) == 1
+    assert o3f.kitchen_done(obs, env.unwrapped.targets).sum() == 1
     assert put(env)[1] == 0.0  # still open: not paid again
     obs, reward, *_ = put(env, microwave=False)
-    assert reward == 0.0 and o3f.kitchen_satisfied(obs, env.unwrapped.targets) == 0
+    assert reward == 0.0 and o3f.kitchen_done(obs, env.unwrapped.targets).sum() == 0
     assert put(env, microwave=True)[1] == 0.0  # open again: not paid again
     assert put(env, hinge_cabinet=True, top_burner=True)[1] == 0.0  # not targets of mixed
     obs, reward, terminated, *_ = put(env, light_switch=True, bottom_burner=True)
@@ -717,7 +955,7 @@ def test_evaluation_side_by_side_is_one_after_the_other():
             action = agent.policy(x, sample=False)
             if t == 0:
                 start_q.append(agent.q_values(x, action).mean().item())
-            total += 0.99**t * (o3f.kitchen_satisfied(obs, task.targets) - 4)
+            total += 0.99**t * (o3f.kitchen_done(obs, task.targets).sum() - 4)
             obs = env.step(action[0].numpy())[0]
         discounted.append(total)
         lengths.append(limit)
@@ -754,6 +992,11 @@ def test_presets_are_the_papers_and_flags_override_them():
         assert (args.num_candidates, args.num_critics, args.omega, args.explore) == (100, 5, 0.0, "o3f")
         assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (256, 3e-4, 0.99, 0.005, 1)
         assert (args.proposal, args.rank_critics, args.clip_candidates) == ("sample", "online", True)
+    for name in ("kitchen-mixed-v0", "halfcheetah-medium-v2", "Pendulum-v1"):
+        args = make_args(name, base="lapo")
+        assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (512, 2e-4, 0.99, 0.005, 20)
+        assert (args.num_critics, args.subset_size, args.doubleq_min, args.proposal) == (5, 2, 1.0, "mean")
+        assert (args.reward_transform, args.value_clamp, args.sigma) == ("max", "discounted", 0.05 if "kitchen" in name else 0.2)
     args = make_args("kitchen-mixed-v0", sigma=0.0, beta=7.0, actor_dropout=0.0, batch_size=3)
     assert (args.sigma, args.beta, args.actor_dropout, args.batch_size) == (0.0, 7.0, 0.0, 3)
 
@@ -783,9 +1026,10 @@ BAD_FLAGS = [
     (["--sigma", "nan"], "--sigma nan"),
     (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+09"),
     (["--expectile", "1.5"], "--expectile 1.5"),
+    (["--base", "lapo", "--subset-size", "6"], "--subset-size 6: more than --num-critics 5"),
     (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
     (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
-    (["--run-dir", "{file}/x", "--dataset", "{good}"], "cannot be written to"),
+    (["--run-dir", "{file}/x", "--dataset", "{good}"], "choose another --run-dir"),
     (["--run-dir", "{used}", "--dataset", "{good}"], "not empty"),
     (["--load", "{file}", "--dataset", "{good}"], "no saved agent"),
     (["--load", "missing.pt", "--dataset", "{good}"], "no saved agent"),
@@ -877,7 +1121,8 @@ def check_run(folder, offline_steps, online_steps, log_every, eval_every, task):
     assert summary["score_best"] == max(scores.values())
     for row in evals:
         assert float(row["eval/score"]) == pytest.approx(task.score(float(row["eval/return"])))
-    assert all(math.isfinite(float(row[name])) for row in logs for name in o3f.IQL.METRICS)
+    agent = o3f.AGENTS[summary["args"]["base"]]
+    assert all(math.isfinite(float(row[name])) for row in logs for name in agent.METRICS)
     assert all((row["o3f/optimism"] != "") == (row["phase"] == "online") for row in logs)
     ends = np.cumsum([int(row["length"]) for row in episodes])
     assert ends.tolist() == [int(row["step"]) for row in episodes]
@@ -908,15 +1153,20 @@ def test_kitchen_run_end_to_end(kitchen_run, files):
     assert len(optimism) == 15 and min(optimism) > 0  # the best of 100 is above their average
 
 
-def test_locomotion_run_end_to_end_and_load(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("base", ["iql", "lapo"])
+def test_locomotion_run_end_to_end_and_load(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
     common = ["--env-id", "hopper-random-v2", "--dataset-size", 3000, "--log-every", 50, "--eval-every", 100,
-              "--eval-episodes", 3, "--hidden-dim", 32]
+              "--eval-episodes", 3, "--hidden-dim", 32, "--base", base]
     run(*common, "--offline-steps", 150, "--online-steps", 250, "--run-dir", tmp_path / "a")
     out = capsys.readouterr().out
     assert "the same (" in out and "3,000 rows" in out
     metrics, episodes, _ = check_run(tmp_path / "a", 150, 250, 50, 100, o3f.get_task("hopper-random-v2"))
     assert len(episodes) > 2
+    if base == "lapo":  # offline every update does all parts, online the critics alone learn 20 times a step
+        saved = torch.load(tmp_path / "a/agent_final.pt", weights_only=True)["optimizers"]
+        steps = {name: int(optimizer["state"][0]["step"]) for name, optimizer in saved.items()}
+        assert steps == {"critics": 150 + 20 * 250, "cvae": 400, "actor": 400}
 
     # From the saved agent: no offline phase, the same offline score, and then the very same online phase.
     run(*common, "--online-steps", 100, "--load", tmp_path / "a/agent_offline.pt", "--run-dir", tmp_path / "b")
@@ -933,19 +1183,26 @@ def test_locomotion_run_end_to_end_and_load(tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_saved_agent_acts_identically_and_learns_on_identically(tmp_path):
-    agent, batch = make_agent(dtype=torch.float32), o3f.Batch(*(x.float() for x in make_batch()))
+@pytest.mark.parametrize("base", ["iql", "lapo"])
+def test_saved_agent_acts_identically_and_learns_on_identically(base, tmp_path):
+    agent, batch = make_agent(base=base, dtype=torch.float32), o3f.Batch(*(x.float() for x in make_batch()))
     for _ in range(3):
         agent.update(batch)
     args, rule = agent.args, o3f.RewardRule(2.0, -1.0, ())
     o3f.save_agent(tmp_path / "x.pt", agent, args, rule, 0)
-    other = make_agent(dtype=torch.float32, seed=5)
+    # Another start, and for LAPO another dataset with other statistics: what is saved takes the place of all of it.
+    other = make_agent(base=base, dtype=torch.float32, seed=5, data=make_data(30, seed=8))
     with pytest.raises(o3f.UserError, match="reward scale and shift"):  # its critics know another reward
         o3f.load_agent(str(tmp_path / "x.pt"), other, args, o3f.RewardRule(1.0, 0.0, ()), torch.device("cpu"))
     o3f.load_agent(str(tmp_path / "x.pt"), other, args, rule, torch.device("cpu"))
     assert torch.equal(agent.policy(batch.observations, False), other.policy(batch.observations, False))
-    assert torch.equal(agent.update(batch), other.update(batch))  # Adam's moments came along
-    assert torch.equal(agent.update(batch), other.update(batch))
+    assert torch.equal(*(x.q_values(batch.observations, batch.actions) for x in (agent, other)))
+    for _ in range(2):  # Adam's moments came along, and LAPO's value limits
+        metrics = []
+        for x in (agent, other):
+            torch.manual_seed(3)
+            metrics.append(x.update(batch))
+        assert torch.equal(*metrics)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
