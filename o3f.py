@@ -65,7 +65,7 @@ class Args:
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"
-    """task: a D4RL name (halfcheetah-medium-v2, kitchen-mixed-v0) or a gymnasium id with Box spaces"""
+    """task: a D4RL name (hopper-medium-v2, kitchen-mixed-v0, antmaze-large-play-v2) or a gymnasium id"""
     base: Literal["iql", "lapo"] = "iql"
     """offline algorithm that is fine-tuned"""
     seed: int = 0
@@ -112,7 +112,7 @@ class Args:
     num_candidates: int = 100  # new in O3F
     """N, candidates per step (paper 100); more = greedier towards the critics"""
     sigma: Optional[float] = None  # new in O3F
-    """std of candidates or noise in the +-1 action box (locomotion 0.2, kitchen 0.05); more = bolder"""
+    """std of candidates or noise in the +-1 action box (locomotion 0.2, else 0.05); more = bolder"""
     omega: float = 0.0  # new in O3F
     """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
     proposal: Optional[Literal["sample", "mean"]] = None
@@ -131,9 +131,9 @@ class Args:
     """ours: share (0-1) of dataset rows in online batches; None: uniform (paper); more = learns less new"""
     # -- IQL --
     expectile: Optional[float] = None
-    """kappa of IQL Eq. 5 (0.7); more = V nearer to the data's best action, more over-estimation"""
+    """kappa of IQL Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best action's Q, more over-estimation"""
     beta: Optional[float] = None
-    """inverse temperature of IQL Eq. 7 (locomotion 3, kitchen 0.5); 0 = clone, more = only what beat V"""
+    """inverse temperature of IQL Eq. 7 (locomotion 3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier"""
     exp_adv_max: float = 100.0
     """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
     actor_dropout: Optional[float] = None
@@ -172,12 +172,14 @@ DENSE = dict(expectile=0.7, beta=3.0, actor_dropout=0.0, reward_transform="retur
 PRESETS = {
     "iql": dict(batch_size=256, learning_rate=3e-4, utd=1, proposal="sample"),
     "iql/locomotion": DENSE,
+    "iql/antmaze": dict(expectile=0.9, beta=10.0, actor_dropout=0.0, reward_transform="minus_one"),
     "iql/kitchen": dict(expectile=0.7, beta=0.5, actor_dropout=0.1, reward_transform="none"),
     "iql/other": DENSE,
     "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", doubleq_min=1.0,
                  value_clamp="discounted", reward_transform="max"),
-    "lapo/locomotion": {}, "lapo/kitchen": {}, "lapo/other": {},
+    "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
     "locomotion": dict(sigma=0.2),
+    "antmaze": dict(sigma=0.05),
     "kitchen": dict(sigma=0.05),
     "other": dict(sigma=0.2),
 }
@@ -193,8 +195,9 @@ class UserError(Exception):
 
 def resolve(args: Args, family: str) -> Args:
     """Fill None from PRESETS and check LIMITS. Raises: UserError naming flag, value and what is expected."""
-    for key in (args.base, f"{args.base}/{family}", family):
-        args = replace(args, **{name: v for name, v in PRESETS[key].items() if getattr(args, name) is None})
+    for key in (f"{args.base}/{family}", args.base, family):  # the narrower one first
+        preset = PRESETS.get(key, {})
+        args = replace(args, **{name: v for name, v in preset.items() if getattr(args, name) is None})
     for name, value in asdict(args).items():
         low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
@@ -625,11 +628,14 @@ class ReplayBuffer:
 class Task:
     """What a name like kitchen-mixed-v0 stands for."""
 
-    family: str  # locomotion, kitchen or other
+    family: str  # locomotion, kitchen, antmaze or other
     gym_id: str = ""  # for gymnasium.make; empty where the environment is this file's own
     low: float = 0.0  # returns that score 0 and 100 (d4rl's infos.py); by default the score is the return
     high: float = 100.0
+    horizon: int = 0  # steps; 0: gymnasium knows it
     targets: tuple[str, ...] = ()  # the kitchen's sub-tasks
+    maze: str = ""
+    goal_per_reset: bool = False
 
     def score(self, returns):
         """D4RL's normalised score of undiscounted returns of raw rewards."""
@@ -643,9 +649,13 @@ ROBOTS = {  # -v4, not -v5: v5 changed Walker2d's foot friction and the healthy 
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
 TASKS = {f"{robot}-{level}-v{v}": ROBOTS[robot] for v in (2, 1, 0) for robot in ROBOTS for level in LEVELS
          if (v, level) != (0, "full-replay")}  # as in d4rl's table
-KITCHEN = Task("kitchen", "", 0.0, 4.0, ("microwave", "kettle", "light switch", "slide cabinet"))
+KITCHEN = Task("kitchen", "", 0.0, 4.0, 280, ("microwave", "kettle", "light switch", "slide cabinet"))
 MIXED = replace(KITCHEN, targets=("microwave", "kettle", "bottom burner", "light switch"))
 TASKS |= {"kitchen-complete-v0": KITCHEN, "kitchen-partial-v0": KITCHEN, "kitchen-mixed-v0": MIXED}
+ANTS = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+TASKS |= {f"antmaze-{ant}-v{v}": Task("antmaze", "", 0.0, 1.0, 700 if "umaze" in ant else 1000,
+                                      maze=ant.split("-")[0], goal_per_reset=v == 2)
+          for v in (2, 1, 0) for ant in ANTS}
 
 
 def get_task(env_id: str) -> Task:
@@ -653,8 +663,9 @@ def get_task(env_id: str) -> Task:
     if env_id in TASKS or env_id in gym.registry:
         return TASKS.get(env_id) or Task("other", env_id)
     near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=1, cutoff=0)[0]
-    raise UserError(f"--env-id {env_id}: unknown task; did you mean {near}? Known are {{{','.join(ROBOTS)}}}-"
-                    f"{{{','.join(LEVELS)}}}-v2, kitchen-{{complete,partial,mixed}}-v0, and gymnasium's ids")
+    robots, levels, ants = ",".join(ROBOTS), ",".join(LEVELS), ",".join(ANTS)
+    raise UserError(f"--env-id {env_id}: no such task; did you mean {near}? Known: {{{robots}}}-{{{levels}}}-"
+                    f"v2, kitchen-{{complete,partial,mixed}}-v0, antmaze-{{{ants}}}-v2, and gymnasium's ids")
 
 
 def d4rl_dir() -> Path:
@@ -673,8 +684,9 @@ def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.En
     """
     task = get_task(env_id)
     mujoco.set_mju_user_warning(warnings.warn)  # by itself MuJoCo writes warnings to a file in this folder
-    if task.family == "kitchen":
-        return gym.wrappers.TimeLimit(KitchenEnv(task.targets, render_mode=render_mode, **kwargs), 280)
+    if task.family in ("kitchen", "antmaze"):
+        make = KitchenEnv if task.family == "kitchen" else AntMazeEnv
+        return gym.wrappers.TimeLimit(make(task, render_mode=render_mode, **kwargs), task.horizon)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that -v4, its XML too, is out of date: it is D4RL's
@@ -689,6 +701,33 @@ def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.En
     if (spaces[1].low != -1).any() or (spaces[1].high != 1).any():
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env
+
+
+class MujocoEnv(gym.Env):
+    """What the kitchen and the ant maze share. Draws come from reset(seed=...)'s generator and no other."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
+
+    def __init__(self, model: mujoco.MjModel, obs_dim: int, limit: float, render_mode: Optional[str]):
+        self.model, self.data, self.renderer = model, mujoco.MjData(model), None
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(-limit, limit, (obs_dim,), np.float64)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (model.nu,), np.float32)
+
+    def put(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        """Set positions (nq,) and velocities (nv,), all else as at time 0."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # MuJoCo 2 did so by itself
+        mujoco.mj_forward(self.model, self.data)
+
+    def render(self) -> np.ndarray:
+        """(480, 640, 3) uint8. Without a screen, set the environment variable MUJOCO_GL=egl or osmesa."""
+        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = self.camera
+        self.renderer.update_scene(self.data, camera)
+        return self.renderer.render()
 
 
 # Kitchen: where in the observation a sub-task's object is, and where it must be (d4rl's kitchen_envs.py).
@@ -718,7 +757,7 @@ def kitchen_model() -> mujoco.MjModel:
     return mujoco.MjModel.from_xml_path(str(scene), {kettle: text.encode()})
 
 
-class KitchenEnv(gym.Env):
+class KitchenEnv(MujocoEnv):
     """D4RL's Franka kitchen (its kitchen_multitask_v0.py and kitchen_envs.py) on current MuJoCo.
 
     obs (60,): 9 robot joints, 21 object joints, 30 goal entries; rad and m, no velocities.
@@ -726,7 +765,6 @@ class KitchenEnv(gym.Env):
     reward: 1 for each target sub-task, the first time it is satisfied; terminated once all have been.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
     INIT_QPOS = np.array([
         0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394, 0.0479267505,
         0.0371350919, -2.6627985e-4, -5.18043486e-5, 3.1287722e-5, -4.51199853e-5, -3.90842156e-6,
@@ -734,20 +772,17 @@ class KitchenEnv(gym.Env):
         -0.00644129196, -0.00177048263, 0.00108009684, -0.26939744, 0.350383255, 1.61944683, 1.00618764,
         0.0040639512, -0.00662095997, -2.68278933e-4])
 
-    def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, render_mode: Optional[str] = None):
-        self.targets, self.noise_ratio, self.render_mode = targets, noise_ratio, render_mode
-        self.renderer = None
-        self.model = kitchen_model()
-        self.data = mujoco.MjData(self.model)
+    def __init__(self, task: Task, noise_ratio: float = 0.1, render_mode: Optional[str] = None):
+        super().__init__(kitchen_model(), 60, 8.0, render_mode)
+        self.targets, self.noise_ratio = task.targets, noise_ratio
+        self.camera = (-0.2, 0.5, 2.0), 2.2, 70, -35  # look-at point, distance (m), azimuth, elevation (deg)
         config = d4rl_dir() / "kitchen/adept_envs/franka/robot/franka_config.xml"
         joints = ElementTree.parse(config).getroot()[:30]
         self.low, self.high = np.array([joint.get("pos_bound").split() for joint in joints], float).T
         self.noise_amp = np.array([joint.get("pos_noise_amp") for joint in joints], float)
         self.goal = np.zeros(30)
-        for index, goal in (KITCHEN_GOALS[target] for target in targets):
+        for index, goal in (KITCHEN_GOALS[target] for target in self.targets):
             self.goal[index] = goal
-        self.observation_space = gym.spaces.Box(-8.0, 8.0, (60,), np.float64)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (9,), np.float32)
 
     def _observe(self) -> np.ndarray:
         noise = self.np_random.uniform(-1.0, 1.0, 30)  # drawn anew at every look, uniform as in D4RL
@@ -756,10 +791,7 @@ class KitchenEnv(gym.Env):
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:] = self.INIT_QPOS  # as it is: D4RL does not clip it to the joint bounds
-        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # the kettle's; MuJoCo 2 did so by itself
-        mujoco.mj_forward(self.model, self.data)
+        self.put(self.INIT_QPOS, np.zeros(self.model.nv))  # D4RL does not clip it to the joint bounds
         self.done = np.zeros(len(self.targets), bool)
         return self._observe(), {"completed": []}
 
@@ -774,13 +806,70 @@ class KitchenEnv(gym.Env):
         completed = [target for target, is_new in zip(self.targets, new) if is_new]
         return obs, float(new.sum()), bool(self.done.all()), False, {"completed": completed}
 
-    def render(self) -> np.ndarray:
-        """(480, 640, 3) uint8. Without a screen, set the environment variable MUJOCO_GL=egl or osmesa."""
-        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
-        camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (-0.2, 0.5, 2.0), 2.2, 70, -35
-        self.renderer.update_scene(self.data, camera)
-        return self.renderer.render()
+
+# Row i is at y = 4·i m, column j at x = 4·j m, from the start S; G is the goal's cell (d4rl's *_MAZE_TEST).
+MAZES = """
+    #####  ########  ############
+    #S..#  #S.##..#  #S...#.....#
+    ###.#  #..#...#  #.##.#.#.#.#
+    #G..#  ##...###  #......#...#
+    #####  #..#...#  #.####.###.#
+           #.#..#.#  #..#.#.....#
+           #...#.G#  ##.#.#.#.###
+           ########  #..#...#.G.#
+                     ############
+"""
+MAZE_COLUMNS = {"umaze": slice(4, 9), "medium": slice(11, 19), "large": slice(21, 33)}
+
+
+class AntMazeEnv(MujocoEnv):
+    """D4RL's ant maze (its maze_env.py, ant.py, goal_reaching_env.py) on current MuJoCo.
+
+    obs (29,): qpos (x, y, z, quaternion, 8 joints) and qvel (14); m, rad, s. The goal is not in it.
+    action (8,): ±1 is the motors' range, held for 0.1 s.
+    reward: 1 within 0.5 m of the goal, which terminates; an ant on its back goes on.
+    """
+
+    metadata = MujocoEnv.metadata | {"render_fps": 10}
+
+    def __init__(self, task: Task, render_mode: Optional[str] = None):
+        rows = [line[MAZE_COLUMNS[task.maze]] for line in MAZES.splitlines()]
+        cells = np.array([list(row) for row in rows if row.strip()])  # (rows, columns)
+        where = {mark: 4.0 * np.argwhere(cells == mark)[:, ::-1] for mark in "SG#"}  # (k, 2): x and y in m
+        self.goal_cell, self.walls = where["G"] - where["S"], where["#"] - where["S"]  # the start is (0, 0)
+        tree = ElementTree.parse(d4rl_dir() / "locomotion/assets/ant.xml")
+        world = tree.find("worldbody")
+        for x, y in self.walls:
+            ElementTree.SubElement(world, "geom", type="box", pos=f"{x} {y} 1", size="2 2 1", contype="1",
+                                   conaffinity="1", rgba="0.7 0.5 0.3 1")
+        # For the eye only. A site compiled at 0 would stay there, wherever its pos is moved to.
+        ElementTree.SubElement(world, "site", name="goal", pos="1 1 0", size="0.5", rgba="1 0 0 1")
+        xml = ElementTree.tostring(tree.getroot(), encoding="unicode")
+        super().__init__(mujoco.MjModel.from_xml_string(xml), 29, np.inf, render_mode)
+        centre = (self.walls.min(0) + self.walls.max(0)) / 2
+        self.camera = (*centre, 0.0), 5.5 * max(cells.shape[0], 0.75 * cells.shape[1]), 90, -90
+        self.goal, self.goal_per_reset = None, task.goal_per_reset
+
+    def _observe(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
+        super().reset(seed=seed)
+        # v0, v1: one goal per environment object, ours a new one with a new seed; v2: one per episode.
+        if self.goal is None or self.goal_per_reset or seed is not None:
+            jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
+            self.goal = np.maximum(self.goal_cell[0] + jitter, 0.0)
+            self.model.site("goal").pos[:2] = self.goal
+        qpos = self.model.qpos0 + self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.put(qpos, 0.1 * self.np_random.standard_normal(self.model.nv))
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray):
+        low, high = self.model.actuator_ctrlrange.T
+        self.data.ctrl[:] = low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (high - low)
+        mujoco.mj_step(self.model, self.data, 5)  # 5 steps of 20 ms
+        reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self._observe(), float(reached), reached, False, {}
 
 
 # ==== 8. Data ===============================================================================================
@@ -805,8 +894,12 @@ def find_dataset(args: Args) -> Path:
         if args.env_id.endswith("-random-v2"):  # D4RL's name for it, without need of the package
             urls, name = [], args.env_id.replace("-random", "_random") + ".hdf5"
         else:
-            urls = [runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"][args.env_id]]
-            name = Path(urls[0]).name
+            table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
+            url = table.get(args.env_id) or table[args.env_id.replace("-v1", "-v0")]  # no ant maze v1 there
+            if args.env_id not in table:
+                for old, new in zip(("_new", "u-maze", "big-maze", "hardest-maze"), ("_v1", *MAZE_COLUMNS)):
+                    url = url.replace(old, new)
+            urls, name = [url], Path(url).name
         if (cache / name).is_file():
             return cache / name
         if urls:
@@ -949,8 +1042,15 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
         raw["timeouts"] = raw["terminals"] | raw.get("timeouts", False)
         raw["terminals"] = np.zeros_like(raw["timeouts"])
     elif "timeouts" not in raw:
-        horizon = 280 if task.family == "kitchen" else env.spec.max_episode_steps or len(raw["terminals"])
+        horizon = task.horizon or env.spec.max_episode_steps or len(raw["terminals"])
         raw["timeouts"] = mark_time_limits(raw["terminals"], horizon)
+    if task.family == "antmaze":  # a row whose successor is more than a cell away ends its episode
+        jumps = np.append(np.linalg.norm(np.diff(raw["observations"][:, :2], axis=0), axis=1) > 4.0, False)
+        jumps &= ~raw["timeouts"]
+        raw["timeouts"] |= jumps
+        if jumps.any() or args.env_id.endswith("-v0"):
+            print(f"warning: {jumps.sum()} teleports, steps of over a cell without a time-out, are dropped "
+                  "(v0's time-outs are out of step: prefer v2)")
     data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
     returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
     print(reward_check(raw, ends, task, env))
@@ -989,6 +1089,11 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
         once = sum(kitchen_done(episode, task.targets).any(0).sum() for episode in episodes)
         return (f"rewards: {'the same' if rewards.sum() == once else 'NOT the same'}: the file pays "
                 f"{rewards.sum():.0f} in all, the environment would pay {once}, +1 once per sub-task")
+    if task.family == "antmaze":
+        paid, corner = obs[1:, :2][rewards[:-1] > 0], env.unwrapped.goal_cell
+        near = np.linalg.norm(paid - paid.clip(corner, corner + 1.5), axis=1) <= 0.5
+        return (f"rewards: {'the same' if near.all() else 'NOT the same'}: {len(paid)} rows pay, {near.sum()}"
+                " of them within 0.5 m of where the environment may put its goal")
     if task.family == "other":
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
     # A locomotion observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
@@ -1005,7 +1110,7 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
 
 
 # ==== 9. Evaluation =========================================================================================
-EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return".split())
+EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return success".split())
 
 
 @torch.no_grad()
@@ -1034,7 +1139,8 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
         lengths[running] += 1
         running = running[~(terminated | truncated)]
     scores = task.score(returns)
-    values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean()
+    success = (scores >= 100.0).mean()  # the goal of a maze, all sub-tasks of a kitchen
+    values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean(), success
     return dict(zip(EVALS, map(float, values)))
 
 
@@ -1111,7 +1217,7 @@ class RunLog:
                       for name, mean in zip(names, (total / count).tolist())}
             self.sums = {}
         else:
-            self.evals.append((step, values["eval/score"], values["eval/score_std"]))
+            self.evals.append((step, *(values[f"eval/{x}"] for x in ("score", "score_std", "success"))))
         self.metrics.writerow({"step": step, "phase": phase, **values})
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
@@ -1122,12 +1228,14 @@ class RunLog:
 
     def finish(self, title: str, facts: dict) -> dict:
         """Write summary.json and curve.png, close the files; returns the summary."""
-        offline = [score for step, score, _ in self.evals if step <= 0]
-        online = [score for step, score, _ in self.evals if step > 0]
+        offline = [score for step, score, *_ in self.evals if step <= 0]
+        online = [score for step, score, *_ in self.evals if step > 0]
         seconds = {"offline": self.seconds["offline update"], "online": sum(
             self.seconds[name] for name in ("act", "environment", "add", "online update"))}
         summary = {"score_offline": (offline or [None])[-1], "score_final": (online or [None])[-1],
-                   "score_best": max(offline + online, default=None), **facts, "seconds": self.seconds,
+                   "score_best": max(offline + online, default=None),
+                   "success_final": self.evals[-1][3] if self.evals else None,
+                   **facts, "seconds": self.seconds,
                    "offline_updates_per_s": self.laps["offline update"] / max(seconds["offline"], 1e-9),
                    "online_steps_per_s": self.laps["online update"] / max(seconds["online"], 1e-9)}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
@@ -1138,10 +1246,10 @@ class RunLog:
         return summary
 
 
-def plot_curve(path: Path, evals: list[tuple[int, float, float]], title: str) -> None:
+def plot_curve(path: Path, evals: list[tuple[int, float, float, float]], title: str) -> None:
     """Score against steps, both phases on one axis; the band is one standard deviation over the episodes."""
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-    steps, scores, stds = np.array(evals).T
+    steps, scores, stds, _ = np.array(evals).T
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes = figure.subplots()
     for phase, mask, colour in (("offline", steps <= 0, "tab:gray"), ("online", steps >= 0, "tab:blue")):

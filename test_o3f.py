@@ -21,6 +21,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -930,8 +931,9 @@ def test_kitchen_passes_gymnasiums_checker():
         check_env(o3f.make_env("kitchen-mixed-v0").unwrapped, skip_render_check=True)
 
 
-def test_kitchen_renders():
-    code = "import o3f; e = o3f.make_env('kitchen-mixed-v0', render_mode='rgb_array'); e.reset(seed=0); x = e.render(); " \
+@pytest.mark.parametrize("env_id", ["kitchen-mixed-v0", "antmaze-large-play-v2"])
+def test_own_environments_render(env_id):
+    code = f"import o3f; e = o3f.make_env('{env_id}', render_mode='rgb_array'); e.reset(seed=0); x = e.render(); " \
            "assert x.shape == (480, 640, 3) and x.dtype == 'uint8' and x.std() > 20; e.close()"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env={"MUJOCO_GL": "egl", **os.environ},
                           capture_output=True, text=True)
@@ -940,6 +942,274 @@ def test_kitchen_renders():
     assert done.returncode == 0, done.stderr
 
 
+# ==== ant maze ==============================================================================================
+def d4rl_mazes():
+    """d4rl's maps, read as data: 1 wall, 0 free, r start, g goal."""
+    source = ast.parse((o3f.d4rl_dir() / "locomotion/maze_env.py").read_text())
+    values = {node.targets[0].id: node.value for node in source.body if isinstance(node, ast.Assign)}
+    entry = lambda x: x.value if isinstance(x, ast.Constant) else x.id.lower()  # noqa: E731
+    names = {"umaze": "U_MAZE_TEST", "medium": "BIG_MAZE_TEST", "large": "HARDEST_MAZE_TEST"}
+    return {maze: [[entry(x) for x in row.elts] for row in values[name].elts] for maze, name in names.items()}
+
+
+@pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "antmaze-medium-play-v2", "antmaze-large-diverse-v2"])
+def test_antmaze_geometry_is_d4rls(env_id):
+    env = o3f.make_env(env_id).unwrapped
+    cells = {(i, j): mark for i, row in enumerate(d4rl_mazes()[env_id.split("-")[1]]) for j, mark in enumerate(row)}
+    (i0, j0), (gi, gj) = ([cell for cell, mark in cells.items() if mark == m][0] for m in "rg")
+    expected = sorted(((j - j0) * 4.0, (i - i0) * 4.0, 1.0) for (i, j), mark in cells.items() if mark == 1)
+    boxes = [k for k in range(env.model.ngeom) if env.model.geom_type[k] == mujoco.mjtGeom.mjGEOM_BOX]
+    assert sorted(map(tuple, env.model.geom_pos[boxes].tolist())) == expected
+    assert (env.model.geom_size[boxes] == [2, 2, 1]).all()
+    assert (env.model.geom_contype[boxes] == 1).all() and (env.model.geom_conaffinity[boxes] == 1).all()
+    for seed in range(20):
+        env.reset(seed=seed)
+        assert np.allclose(env.data.site("goal").xpos[:2], env.goal)  # what is drawn is what counts
+        assert (env.goal >= [(gj - j0) * 4, (gi - i0) * 4]).all()
+        assert (env.goal <= [(gj - j0) * 4 + 1.5, (gi - i0) * 4 + 1.5]).all()
+    assert (env.model.nq, env.model.nv, env.model.nu) == (15, 14, 8)
+    assert (env.model.opt.timestep, env.model.opt.integrator) == (0.02, mujoco.mjtIntegrator.mjINT_RK4)
+    assert o3f.make_env(env_id)._max_episode_steps == (700 if "umaze" in env_id else 1000)
+
+
+def test_ant_cannot_leave_the_maze():
+    """From every free cell of the umaze, 300 steps of a push of twice its weight towards each wall."""
+    env = o3f.make_env("antmaze-umaze-v2").unwrapped
+    maze = d4rl_mazes()["umaze"]
+    torso, weight = env.model.body("torso").id, env.model.body_subtreemass[0] * 9.81
+    pushes = 0
+    for i, j in ((i, j) for i in range(5) for j in range(5) if maze[i][j] != 1):
+        for di, dj in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            if maze[i + di][j + dj] != 1:
+                continue
+            env.reset(seed=0)
+            env.goal = np.array([99.0, 99.0])
+            start = env.model.qpos0.copy()
+            start[:2] = 4.0 * (j - 1), 4.0 * (i - 1)
+            env.put(start, np.zeros(14))
+            for _ in range(300):
+                env.data.xfrc_applied[torso, :2] = 2 * weight * dj, 2 * weight * di
+                env.step(np.zeros(8))
+            x, y = env.data.qpos[:2]
+            moved = (x - start[0]) * dj + (y - start[1]) * di
+            assert 1.0 < moved < 2.0 - 0.2, (i, j, di, dj, moved)  # at the wall's face, the torso's radius is 0.25
+            cell = maze[round(y / 4 + 1)][round(x / 4 + 1)]
+            assert cell != 1 and 0 < env.data.qpos[2] < 2
+            pushes += 1
+    assert pushes == 16
+
+
+def test_antmaze_goals_per_object_and_per_reset():
+    fixed, fresh = (o3f.make_env(f"antmaze-umaze-diverse-v{v}").unwrapped for v in (1, 2))
+    for env in (fixed, fresh):
+        env.reset(seed=0)
+    draws = {env: [] for env in (fixed, fresh)}
+    for _ in range(2000):
+        for env in draws:
+            env.reset()
+            draws[env].append(env.goal.copy())
+    assert len(np.unique(draws[fixed], axis=0)) == 1 and len(np.unique(draws[fresh], axis=0)) == 2000
+    jitter = np.array(draws[fresh]) - [0.0, 8.0]  # U(0, 1) + U(0, 0.5): mean 0.75, variance 1/12 + 1/48
+    assert np.abs(jitter.mean(0) - 0.75).max() < 5 * math.sqrt(0.1042 / 2000)
+    assert np.abs(jitter.var(0) - 0.1042).max() < 0.01 and 0 <= jitter.min() and jitter.max() <= 1.5
+    assert abs(np.corrcoef(jitter.T)[0, 1]) < 0.1
+    others = [o3f.make_env("antmaze-umaze-diverse-v0").unwrapped for _ in range(3)]
+    goals = [(env.reset(seed=i), tuple(env.goal))[1] for i, env in enumerate(others)]
+    assert len(set(goals)) == 3
+    old = np.array(fixed.goal)
+    fixed.reset(seed=7)
+    assert not np.array_equal(fixed.goal, old)  # a seed says all there is to say about an episode
+
+
+def test_antmaze_reset_reward_actions_and_layout(monkeypatch):
+    env = o3f.make_env("antmaze-umaze-v2")
+    ant, starts = env.unwrapped, []
+    for seed in range(300):
+        obs, _ = env.reset(seed=seed)
+        assert np.array_equal(obs, np.concatenate([ant.data.qpos[:15], ant.data.qvel[:14]])) and obs.shape == (29,)
+        assert np.linalg.norm(obs[3:7]) == pytest.approx(1.0)  # z is 2, the free joint's quaternion 3..6
+        starts.append(obs)
+    starts = np.array(starts)
+    centre = np.array([0, 0, 0.75])
+    assert np.abs(starts[:, :3] - centre).max() <= 0.1 and np.abs(starts[:, :3] - centre).max() > 0.099
+    assert starts[:, :3].std(0) == pytest.approx(0.2 / math.sqrt(12), rel=0.15)
+    assert np.abs(starts[:, 7:15]).max() <= 0.1 and starts[:, 15:].std(0) == pytest.approx(0.1, rel=0.2)
+    monkeypatch.setattr(o3f.mujoco, "mj_step", lambda *args: None)  # the world stands still
+    for distance, paid in ((0.0, True), (0.4999, True), (0.5, True), (0.5001, False), (3.0, False)):
+        ant.goal = np.array([1.0, 2.0])
+        ant.data.qpos[:2] = [1.0 + distance, 2.0]
+        _, reward, terminated, truncated, _ = ant.step(np.zeros(8))
+        assert (reward, terminated, truncated) == (float(paid), paid, False)
+    ant.data.qpos[3:7] = [0, 1, 0, 0]  # on its back
+    assert ant.step(np.zeros(8))[2] is False
+    ant.step(np.array([-1, -0.5, 0, 0.25, 0.5, 1, 2, -3]))
+    assert ant.data.ctrl.tolist() == [-30, -15, 0, 7.5, 15, 30, 30, -30]
+
+
+def test_antmaze_is_deterministic_under_a_seed_and_leaves_global_draws_alone():
+    def episode(env, seed):
+        rng, rows = np.random.default_rng(0), [env.reset(seed=seed)[0]]
+        for _ in range(30):
+            rows.append(env.step(rng.uniform(-1, 1, 8))[0])
+        return np.array(rows), env.unwrapped.goal.copy()
+
+    before = np.random.get_state()[1].copy()
+    env = o3f.make_env("antmaze-medium-diverse-v2")
+    first, again, other = episode(env, 3), episode(o3f.make_env("antmaze-medium-diverse-v2"), 3), episode(env, 4)
+    assert all(np.array_equal(x, y) for x, y in zip(first, again))
+    assert all(np.array_equal(x, y) for x, y in zip(first, episode(env, 3)))
+    assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
+    assert np.array_equal(before, np.random.get_state()[1])
+
+
+def test_antmaze_passes_gymnasiums_checker():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(o3f.make_env("antmaze-umaze-v2").unwrapped, skip_render_check=True)
+
+
+def replay(env, obs, actions, starts, steps):
+    """Largest difference after `steps` steps from the states that rows `starts` of a file describe."""
+    worst = 0.0
+    for t in starts:
+        env.put(obs[t, :15], obs[t, 15:])
+        for k in range(steps):
+            last = env.step(actions[t + k])[0]
+        worst = max(worst, np.abs(last - obs[t + steps]).max())
+    return worst
+
+
+def test_antmaze_replays_a_file_that_it_wrote(tmp_path):
+    """The observation is the whole state: any row of the file, stepped by its action, gives the next row."""
+    o3f.collect_random("antmaze-umaze-v2", 900, tmp_path / "a.hdf5")
+    raw = o3f.load_hdf5(tmp_path / "a.hdf5", 29, 8)
+    obs, ends = raw["observations"].astype(np.float64), raw["timeouts"] | raw["terminals"]
+    assert np.flatnonzero(ends).tolist() == [699]
+    env = o3f.make_env("antmaze-umaze-v2").unwrapped
+    env.reset(seed=0)
+    assert replay(env, obs, raw["actions"], [*range(0, 699), *range(700, 890)], 1) < 1e-4  # float32 in the file
+    env.put(obs[0, :15], obs[0, 15:])  # open loop; contacts amplify the rounding
+    assert np.abs(env.data.qpos - obs[0, :15]).max() < 1e-6
+    assert replay(env, obs, raw["actions"], range(0, 600, 60), 30) < 0.05
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data is not beside the checkout")
+def test_antmaze_replays_the_standin():
+    with h5py.File(SHARED / "data/antmaze-umaze-diverse-standin.hdf5") as f:
+        obs, actions, timeouts = (f[name][:] for name in ("observations", "actions", "timeouts"))
+    starts = [t for t in range(0, len(obs) - 11, 997) if not timeouts[t : t + 11].any()]
+    env = o3f.make_env("antmaze-umaze-diverse-v2").unwrapped
+    env.reset(seed=0)
+    assert replay(env, obs.astype(np.float64), actions, starts, 1) < 1e-5
+    assert replay(env, obs.astype(np.float64), actions, starts, 10) < 1e-4
+
+
+def small_antmaze_file(path, rows=400, **extra):
+    """Four straight walks of 100 rows; the second and fourth end in the goal's place, (0.7, 8.5)."""
+    rng = np.random.default_rng(0)
+    obs = 0.01 * rng.normal(size=(rows, 29))
+    for k in range(4):
+        walk = slice(100 * k, 100 * (k + 1))
+        start, end = ((8.0, 0.0), (8.0, 8.0)) if k % 2 == 0 else ((8.0, 8.0), (0.7, 8.5))
+        obs[walk, :2] += np.linspace(start, end, 100)
+    rewards = np.append(np.linalg.norm(obs[1:, :2] - [0.7, 8.5], axis=1) < 0.5, False).astype(float)
+    timeouts = np.zeros(rows)
+    timeouts[[99, 199, 299, 399]] = 1
+    columns = {"observations": obs, "actions": rng.uniform(-1, 1, (rows, 8)), "rewards": rewards, "terminals": rewards,
+               "timeouts": timeouts, **extra}
+    return write_hdf5(path, **columns)
+
+
+def test_antmaze_data_and_its_teleports(tmp_path, capsys):
+    path = small_antmaze_file(tmp_path / "a.hdf5")
+    with h5py.File(path) as f:
+        obs, rewards, timeouts = (f[name][:] for name in ("observations", "rewards", "timeouts"))
+
+    def load(env_id, file, **flags):
+        task = o3f.get_task(env_id)
+        return o3f.load_dataset(make_args(env_id, dataset=str(file), **flags), task, o3f.make_env(env_id))[0]
+
+    data = load("antmaze-umaze-diverse-v2", path)
+    out = capsys.readouterr().out
+    assert f"the same: {rewards.sum():.0f} rows pay" in out and "warning" not in out
+    keep = np.flatnonzero(timeouts[:-1] == 0)
+    assert np.array_equal(data["observations"], obs[keep].astype(np.float32))
+    assert np.array_equal(data["rewards"], rewards[keep].astype(np.float32) - 1)  # IQL: r − 1
+    assert np.array_equal(data["terminations"], rewards[keep].astype(np.float32))
+    data = load("antmaze-umaze-diverse-v2", path, base="lapo")
+    assert set(data["rewards"]) == {0.0, 100.0}  # LAPO: 100·r
+    # Time-outs that come 30 rows late: rows 199 and 299 jump 8 m to another episode's start, row 99 does not move.
+    late = small_antmaze_file(tmp_path / "late.hdf5", timeouts=np.roll(timeouts, 30))
+    data = load("antmaze-umaze-diverse-v0", late)
+    out = capsys.readouterr().out
+    far = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1) > 4
+    assert far.sum() == 1 or far.sum() == 2
+    assert f"warning: {far.sum()} teleports" in out and "prefer v2" in out
+    gone = np.roll(timeouts, 30)[:-1].astype(bool) | far
+    assert np.array_equal(data["observations"], obs[:-1][~gone].astype(np.float32))
+    # Without the key, every 700th row of an episode is a time limit.
+    bare = write_hdf5(tmp_path / "bare.hdf5", observations=np.zeros((1500, 29)), actions=np.zeros((1500, 8)),
+                      rewards=np.zeros(1500), terminals=np.zeros(1500))
+    assert len(load("antmaze-umaze-v2", bare)["rewards"]) == 1499 - 2
+    far_goal = np.zeros((1500, 29))
+    far_goal[:, 0] = 3.0
+    write_hdf5(tmp_path / "far.hdf5", observations=far_goal, actions=np.zeros((1500, 8)), rewards=np.ones(1500),
+               terminals=np.zeros(1500))
+    capsys.readouterr()
+    load("antmaze-umaze-v2", tmp_path / "far.hdf5")
+    assert "NOT the same" in capsys.readouterr().out
+
+
+def test_antmaze_files_of_all_versions(tmp_path, monkeypatch):
+    """d4rl's table for v0 and v2; the names of v1, which it lacks, as d4rl registers them."""
+    urls = []
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    monkeypatch.setattr(o3f, "download", lambda sources, path, digest: urls.append(sources[0]))
+    registered = (o3f.d4rl_dir() / "locomotion/__init__.py").read_text()
+    for ant in o3f.ANTS:
+        for v in (0, 1, 2):
+            o3f.find_dataset(make_args(f"antmaze-{ant}-v{v}"))
+            assert urls[-1] in registered
+    assert len(set(urls)) == 18
+
+
+@pytest.mark.parametrize("base", ["iql", "lapo"])
+def test_antmaze_run_end_to_end(base, tmp_path, monkeypatch):
+    path = small_antmaze_file(tmp_path / "a.hdf5")
+    env_id = "antmaze-umaze-diverse-v2"
+    short = dataclasses.replace(o3f.TASKS[env_id], horizon=40)
+    monkeypatch.setitem(o3f.TASKS, env_id, short)
+    run("--env-id", env_id, "--base", base, "--dataset", path, "--offline-steps", 20, "--online-steps", 100, "--log-every",
+        20, "--eval-every", 50, "--eval-episodes", 2, "--hidden-dim", 32, "--utd", 2, "--batch-size", 64,
+        "--run-dir", tmp_path / "run")
+    _, episodes, summary = check_run(tmp_path / "run", 20, 100, 20, 50, short)
+    assert [int(row["length"]) for row in episodes] == [40, 40] and summary["success_final"] == 0.0
+    assert summary["args"]["sigma"] == 0.05
+
+
+def test_success_is_a_score_of_100():
+    class Goal(gym.Env):  # pays 1 and ends at its third step, or never
+        observation_space, action_space = gym.spaces.Box(-1, 1, (29,)), gym.spaces.Box(-1, 1, (8,))
+
+        def __init__(self, wins):
+            self.wins = wins
+
+        def reset(self, *, seed=None, options=None):
+            self.t = 0
+            return np.zeros(29, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            won = self.wins and self.t == 3
+            return np.zeros(29, np.float32), float(won), won, self.t == 5, {}
+
+    agent, task = make_agent(29, 8, dtype=torch.float32), o3f.get_task("antmaze-umaze-v2")
+    rule, args = o3f.RewardRule(1.0, -1.0, ()), make_args("antmaze-umaze-v2")
+    values = o3f.evaluate(agent, [Goal(True), Goal(False), Goal(True), Goal(True)], rule, task, args, seed=0)
+    assert (values["eval/success"], values["eval/score"], values["eval/length"]) == (0.75, 75.0, 14 / 4)
+
+
+# ==== evaluation ============================================================================================
 def test_evaluation_side_by_side_is_one_after_the_other():
     agent = make_agent(60, 9, dtype=torch.float32)
     task, args = o3f.get_task("kitchen-mixed-v0"), make_args()
@@ -997,6 +1267,10 @@ def test_presets_are_the_papers_and_flags_override_them():
         assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (512, 2e-4, 0.99, 0.005, 20)
         assert (args.num_critics, args.subset_size, args.doubleq_min, args.proposal) == (5, 2, 1.0, "mean")
         assert (args.reward_transform, args.value_clamp, args.sigma) == ("max", "discounted", 0.05 if "kitchen" in name else 0.2)
+    ant = make_args("antmaze-large-diverse-v1")
+    assert (ant.sigma, ant.expectile, ant.beta, ant.actor_dropout, ant.reward_transform) == (0.05, 0.9, 10, 0, "minus_one")
+    ant = make_args("antmaze-large-diverse-v1", base="lapo")
+    assert (ant.sigma, ant.doubleq_min, ant.value_clamp, ant.reward_transform, ant.utd) == (0.05, 0.7, "once", "x100", 20)
     args = make_args("kitchen-mixed-v0", sigma=0.0, beta=7.0, actor_dropout=0.0, batch_size=3)
     assert (args.sigma, args.beta, args.actor_dropout, args.batch_size) == (0.0, 7.0, 0.0, 3)
 
