@@ -74,6 +74,10 @@ class Args:
     """where networks and replay buffer live; auto: cuda, else mps, else cpu"""
     run_dir: str = ""
     """folder for the outputs, new or empty; default runs/<task>-<base>-<explore>-s<seed>-<time>-<pid>"""
+    resume: str = ""
+    """run folder of a killed run: go on from its checkpoint as if nothing had been; without other flags"""
+    checkpoint_every: int = 10_000
+    """least steps between checkpoints, both phases, online at an episode's end; 0: none; more = loses more"""
     save: bool = True
     """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
     load: str = ""
@@ -187,6 +191,9 @@ COUNTS = "num_candidates num_critics subset_size batch_size hidden_dim latent_di
 SHARES = "gamma tau expectile actor_dropout offline_ratio doubleq_min good_weight"
 LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES.split(), (0, 1))
 LIMITS |= dict.fromkeys(f"{COUNTS} eval_every log_every".split(), (1, 1e9))  # all else: (0, 1e9)
+
+
+VERSION = 1  # of saved files: a file of another version is refused
 
 
 class UserError(Exception):
@@ -611,6 +618,14 @@ class ReplayBuffer:
         self.cursor += 1
         self.size = max(self.size, self.cursor)
 
+    def online_rows(self) -> torch.Tensor:
+        """The rows that a checkpoint must hold, (n, 2·O + A + 2); the dataset is in its file."""
+        return self.rows[self.num_offline : self.size].clone()
+
+    def restore(self, online_rows: torch.Tensor, cursor: int) -> None:
+        self.size, self.cursor = self.num_offline + len(online_rows), cursor
+        self.rows[self.num_offline : self.size] = online_rows.to(self.rows.device)
+
     def sample(self, batch_size: int, offline_ratio: Optional[float] = None, batches: int = 1) -> list[Batch]:
         """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
         device = self.rows.device
@@ -855,8 +870,7 @@ class AntMazeEnv(MujocoEnv):
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
-        # v0, v1: one goal per environment object, ours a new one with a new seed; v2: one per episode.
-        if self.goal is None or self.goal_per_reset or seed is not None:
+        if self.goal is None or self.goal_per_reset:  # v0 and v1: once per environment object
             jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
             self.goal = np.maximum(self.goal_cell[0] + jitter, 0.0)
             self.model.site("goal").pos[:2] = self.goal
@@ -1145,26 +1159,36 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
 
 
 # ==== 10. Files =============================================================================================
-def save_agent(path: Path, agent: Base, args: Args, rule: RewardRule, step: int) -> None:
-    """Networks, targets, optimisers, reward constants, as tensors and plain values; whole or not at all."""
+def write_whole(path: Path, state: dict, keep: Optional[Path] = None) -> None:
+    """torch.save, there whole or not at all; the file that was there before becomes `keep`, or goes."""
     part = path.with_name(path.name + ".part")
-    optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
-    torch.save({"step": step, "args": asdict(args), "reward_rule": list(rule[:2]), "optimizers": optimizers,
-                "agent": agent.state_dict()}, part)
-    part.replace(path)
-
-
-def load_agent(path: str, agent: Base, args: Args, rule: RewardRule, device: torch.device) -> None:
-    """Restore an agent in place. Raises: UserError where it is none, or of another task, base or size."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)  # data only: runs no code of it
-        then = saved["args"] | {"reward scale and shift": saved["reward_rule"]}
-    except Exception as e:  # torch.load has many ways to fail
-        raise UserError(f"--load {path}: no saved agent ({type(e).__name__}); give one of --save's") from e
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # a renamed file that is still in memory would not survive a power cut
+        if keep and path.exists():
+            path.replace(keep)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def agent_state(agent: Base, args: Args, rule: RewardRule, step: int) -> dict:
+    """Networks, targets, optimisers, reward constants and flags, as tensors and plain values."""
+    optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
+    return {"version": VERSION, "step": step, "args": asdict(args), "reward_rule": list(rule[:2]),
+            "optimizers": optimizers, "agent": agent.state_dict()}
+
+
+def put_agent(saved: dict, agent: Base, args: Args, rule: RewardRule, flag: str) -> None:
+    """Restore an agent in place. Raises: UserError where it is of another task, base, size or reward."""
+    then = saved["args"] | {"reward scale and shift": saved["reward_rule"]}
     now = asdict(args) | {"reward scale and shift": list(rule[:2])}
-    for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "reward scale and shift"):
-        if then[name] != now[name]:
-            raise UserError(f"--load {path}: trained with {name} {then[name]}, this run has {now[name]}: "
+    for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "latent_dim",
+                 "reward scale and shift"):
+        if then.get(name) != now[name]:
+            raise UserError(f"{flag}: trained with {name} {then.get(name)}, this run has {now[name]}: "
                             "change one or the other")
     agent.load_state_dict(saved["agent"])
     for name, optimizer in agent.optimizers.items():
@@ -1172,31 +1196,51 @@ def load_agent(path: str, agent: Base, args: Args, rule: RewardRule, device: tor
         optimizer.param_groups[0]["lr"] = args.learning_rate
 
 
+def load_saved(paths: list[Path], flag: str) -> dict:
+    """The first of the files that is whole and of this version. Raises: UserError with what is wrong."""
+    problems = []
+    for path in paths:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: runs no code of it
+            if saved["version"] == VERSION:
+                if problems:
+                    print(f"warning: {'; '.join(problems)}: going on from {path.name}, step {saved['step']}")
+                return saved
+            problems.append(f"{path.name} is of version {saved['version']}, not {VERSION}")
+        except Exception as e:  # torch.load has many ways to fail
+            problems.append(f"{path.name} is no whole file of this program ({type(e).__name__})")
+    raise UserError(f"{flag}: {'; '.join(problems)}: give what this program saved")
+
+
 class RunLog:
     """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
 
-    What is added stays on the device until it is written. Raises: UserError where it is in use or read-only.
+    The rows stay in memory too: checkpoint, summary and curve are made from them. What is added to the next
+    row stays on the device until that row is written.
     """
 
-    def __init__(self, args: Args, metrics: tuple[str, ...]):
+    def __init__(self, folder: Path, args: Args, metrics: tuple[str, ...], saved: Optional[dict] = None):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
-        name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
-        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or remove this one")
+        if any(folder.iterdir()) and not saved:
+            raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or --resume {folder}")
         (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
-        self.folder, self.writer = folder, SummaryWriter(str(folder))
-        self.files = [open(folder / name, "w", 1, newline="") for name in ("metrics.csv", "episodes.csv")]
-        self.metrics = csv.DictWriter(self.files[0], ["step", "phase", *EVALS, *metrics])
-        self.episodes = csv.DictWriter(self.files[1], ["step", "return", "score", "length"])
-        self.metrics.writeheader()
-        self.episodes.writeheader()
-        self.sums, self.evals = {}, []
-        self.seconds, self.laps, self.last_lap = Counter(), Counter(), time.perf_counter()
+        saved = saved or {"rows": {}, "sums": {}, "seconds": {}, "laps": {}}
+        self.folder, self.board, self.sums = folder, SummaryWriter(str(folder)), saved["sums"]
+        self.seconds, self.laps = Counter(saved["seconds"]), Counter(saved["laps"])
+        self.last_lap = time.perf_counter()
+        columns = {"metrics": ["step", "phase", *EVALS, *metrics],
+                   "episodes": ["step", "return", "score", "length"]}
+        self.files = {name: open(folder / f"{name}.csv", "w", 1, newline="") for name in columns}
+        self.csv = {name: csv.DictWriter(self.files[name], columns[name]) for name in columns}
+        self.rows = {name: [] for name in columns}
+        for name in columns:
+            self.csv[name].writeheader()
+            for row in saved["rows"].get(name, []):
+                self.write(name, row)
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under this name."""
@@ -1205,51 +1249,61 @@ class RunLog:
         self.laps[name] += 1
         self.last_lap = now
 
+    def write(self, table: str, row: dict) -> None:
+        self.rows[table].append(row)
+        self.csv[table].writerow(row)
+        for name, value in row.items():
+            if name not in ("step", "phase"):
+                self.board.add_scalar(name if "/" in name else f"{table}/{name}", value, row["step"])
+
     def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
         """Sum metrics, values (len(names),), without leaving their device."""
         total, count = self.sums.get(names, (0.0, 0))
         self.sums[names] = total + values, count + 1
 
-    def write(self, step: int, phase: str, values: Optional[dict[str, float]] = None) -> None:
-        """One row of metrics.csv: an evaluation's values, or the means of what was added since the last."""
-        if values is None:
-            values = {name: mean for names, (total, count) in self.sums.items()
-                      for name, mean in zip(names, (total / count).tolist())}
-            self.sums = {}
-        else:
-            self.evals.append((step, *(values[f"eval/{x}"] for x in ("score", "score_std", "success"))))
-        self.metrics.writerow({"step": step, "phase": phase, **values})
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+    def way_back(self) -> str:
+        """What to say when a run stops before its end."""
+        if not (self.folder / "checkpoint.pt").exists():
+            return "no checkpoint was due yet (--checkpoint-every)"
+        return f"--resume {self.folder} goes on from its last checkpoint"
 
-    def episode(self, step: int, episode_return: float, score: float, length: int) -> None:
-        self.episodes.writerow({"step": step, "return": episode_return, "score": score, "length": length})
-        self.writer.add_scalar("train/score", score, step)
+    def means(self, step: int) -> dict[str, float]:
+        """What was added, averaged. Raises: UserError where it is no number: the run is lost from there."""
+        return self.check(step, {name: mean for names, (total, count) in self.sums.items()
+                                 for name, mean in zip(names, (total / count).tolist())})
+
+    def check(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; "
+                                f"{self.way_back()}; or try a lower --learning-rate")
+        return values
 
     def finish(self, title: str, facts: dict) -> dict:
         """Write summary.json and curve.png, close the files; returns the summary."""
-        offline = [score for step, score, *_ in self.evals if step <= 0]
-        online = [score for step, score, *_ in self.evals if step > 0]
+        evals = [row for row in self.rows["metrics"] if "eval/score" in row]
+        score = {step: row["eval/score"] for step, row in ((row["step"], row) for row in evals)}
         seconds = {"offline": self.seconds["offline update"], "online": sum(
             self.seconds[name] for name in ("act", "environment", "add", "online update"))}
-        summary = {"score_offline": (offline or [None])[-1], "score_final": (online or [None])[-1],
-                   "score_best": max(offline + online, default=None),
-                   "success_final": self.evals[-1][3] if self.evals else None,
+        summary = {"score_offline": score.get(0), "score_final": score[max(score)] if score else None,
+                   "score_best": max(score.values(), default=None),
+                   "success_final": evals[-1]["eval/success"] if evals else None,
                    **facts, "seconds": self.seconds,
                    "offline_updates_per_s": self.laps["offline update"] / max(seconds["offline"], 1e-9),
                    "online_steps_per_s": self.laps["online update"] / max(seconds["online"], 1e-9)}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
-        if self.evals:
-            plot_curve(self.folder / "curve.png", self.evals, title)
-        for file in (self.writer, *self.files):
+        if evals:
+            plot_curve(self.folder / "curve.png", evals, title)
+        for file in (self.board, *self.files.values()):
             file.close()
         return summary
 
 
-def plot_curve(path: Path, evals: list[tuple[int, float, float, float]], title: str) -> None:
+def plot_curve(path: Path, evals: list[dict], title: str) -> None:
     """Score against steps, both phases on one axis; the band is one standard deviation over the episodes."""
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-    steps, scores, stds, _ = np.array(evals).T
+    columns = ("step", "eval/score", "eval/score_std")
+    steps, scores, stds = np.array([[row[column] for column in columns] for row in evals]).T
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes = figure.subplots()
     for phase, mask, colour in (("offline", steps <= 0, "tab:gray"), ("online", steps >= 0, "tab:blue")):
@@ -1274,6 +1328,13 @@ def provenance(device: torch.device) -> dict:
 # ==== 11. Both phases =======================================================================================
 def main(args: Args) -> dict:
     """Set-up, offline phase, online phase, files; returns the summary."""
+    saved, folder = None, Path(args.resume)
+    if args.resume:
+        if replace(args, resume="") != Args():
+            raise UserError("--resume takes every flag from the run that it resumes: drop the others")
+        names = ("checkpoint.pt", "checkpoint_previous.pt")
+        saved = load_saved([folder / name for name in names], f"--resume {folder}")
+        args = Args(**saved["args"])
     task = get_task(args.env_id)
     args = resolve(args, task.family)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
@@ -1296,60 +1357,108 @@ def main(args: Args) -> dict:
         raise UserError(f"--buffer-size {args.buffer_size}: give more than the dataset's {rows} transitions")
     agent = AGENTS[args.base](data, args).to(device)
     agent.make_optimizers()
-    if args.load:
-        load_agent(args.load, agent, args, rule, device)
     buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
-    log = RunLog(args, (*agent.METRICS, "o3f/optimism"))
-    print(f"run: {log.folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
+    first, episode = 1 if args.load else 1 - args.offline_steps, 0
+    if saved:
+        if saved["sha256"] != data_facts["sha256"]:
+            raise UserError(f"--resume {folder}: {data_facts['file']} has changed since: its sha256 was "
+                            f"{saved['sha256']}; put that file back")
+        put_agent(saved, agent, args, rule, f"--resume {folder}")
+        first, episode = saved["step"] + 1, saved["episode"]
+        buffer.restore(saved["online_rows"], saved["cursor"])
+        explore_generator.set_state(saved["random"]["explore"])
+        torch.set_rng_state(saved["random"]["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random"]["cuda"])
+        saved["sums"] = {names: (total.to(device), n) for names, (total, n) in saved["sums"].items()}
+    elif args.load:
+        flag = f"--load {args.load}"
+        put_agent(load_saved([Path(args.load)], flag), agent, args, rule, flag)
+    if not saved:
+        name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
+        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    log = RunLog(folder, args, (*agent.METRICS, "o3f/optimism"), saved)
+    print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
+    last_checkpoint = step = first - 1
 
-    def evaluation(step: int, phase: str) -> None:
-        results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
-        log.write(step, phase, results)
+    def evaluation(step: int) -> None:
+        results = log.check(step, evaluate(agent, eval_envs, rule, task, args, eval_seed))
+        phase = "online" if step > 0 else "offline"
+        log.write("metrics", {"step": step, "phase": phase, **results})
         log.lap("evaluation")
         tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
-                   "discounted return {:.1f}".format(phase, step, *results.values()))
+                   "discounted return {:.1f}, success {:.0%}".format(phase, step, *results.values()))
 
-    status, step, interrupts = "finished", 0, []
+    def keep_books(step: int, last: int, at_rest: bool = True) -> None:
+        """After every step: log, evaluate, and, where nothing is under way, write the checkpoint."""
+        nonlocal last_checkpoint
+        if (step % args.log_every == 0 or step == last) and log.sums:
+            phase = "online" if step > 0 else "offline"
+            log.write("metrics", {"step": step, "phase": phase, **log.means(step)})
+            log.sums.clear()
+        if step % args.eval_every == 0 or step == last:
+            evaluation(step)
+        if at_rest and args.checkpoint_every and step - last_checkpoint >= args.checkpoint_every:
+            log.means(step)  # raises where training has diverged: what is saved is sound
+            random = {"explore": explore_generator.get_state(), "torch": torch.get_rng_state(),
+                      "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+            state = agent_state(agent, args, rule, step) | {
+                "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
+                "random": random, "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
+                "seconds": dict(log.seconds), "laps": dict(log.laps)}
+            try:
+                write_whole(folder / "checkpoint.pt", state, folder / "checkpoint_previous.pt")
+                last_checkpoint = step
+            except OSError as e:
+                tqdm.write(f"warning: no checkpoint at step {step}, the older one stays: {e}")
+            log.lap("checkpoint")
+
+    status, interrupts = "finished", []
 
     def interrupt(signum, frame):
         interrupts.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing this step, then the files; Ctrl-C again stops at once", file=sys.stderr)
+        signal.signal(signum, signal.default_int_handler)
+        print("\nfinishing this step, then the files; once more stops at once", file=sys.stderr)
 
     def progress(steps: range, phase: str, unit: str):
         """The steps, with a bar in a terminal; Ctrl-C is heeded here, where no step is half done."""
         with tqdm(steps, desc=phase, unit=unit, mininterval=1.0, disable=None) as bar:
             for step in bar:
                 yield step
-                bar.set_postfix(score=log.evals[-1][1] if log.evals else None, refresh=False)
                 if interrupts:
                     raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
     try:
         # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
-        for step in progress(range(1 if args.load else 1 - args.offline_steps, 1), "offline", "update"):
+        for step in progress(range(first, 1), "offline", "update"):
             log.add(agent.METRICS, agent.update(*buffer.sample(args.batch_size)))
             log.lap("offline update")
-            if step % args.log_every == 0:
-                log.write(step, "offline")
-            if step % args.eval_every == 0 and step < 0:
-                evaluation(step, "offline")
-        evaluation(0, "offline")
-        if args.save and not args.load:
-            save_agent(log.folder / "agent_offline.pt", agent, args, rule, 0)
+            keep_books(step, last=0)
+        if first == 1 and not saved:
+            evaluation(0)
+        if first <= 1:
+            if args.save and not args.load:
+                write_whole(folder / "agent_offline.pt", agent_state(agent, args, rule, 0))
+            if args.reset_optimizer:
+                agent.make_optimizers()
 
         # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
-        if args.reset_optimizer:
-            agent.make_optimizers()
-        obs, _ = env.reset(seed=env_seed)
-        for step in progress(range(1, args.online_steps + 1), "online", "step"):
+        # Every episode has a seed of its own: a resumed run needs no simulator's inner state. What is drawn
+        # once per environment, the goal of an ant maze v0 or v1, is drawn here.
+        env.reset(seed=env_seed)
+        obs, _ = env.reset(seed=env_seed + episode)
+        for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
             action, gain = explore_action(agent, obs_tensor, args, explore_generator)
             log.add(("o3f/optimism",), gain)
             action = action[0].cpu().numpy()
             log.lap("act")
             next_obs, reward, terminated, truncated, info = env.step(action)
+            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
+                raise UserError(f"the environment gave NaN or inf at step {step} (reward {reward}): unstable "
+                                f"simulation; {log.way_back()}")
             log.lap("environment")
             # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
@@ -1358,27 +1467,29 @@ def main(args: Args) -> dict:
             batches = buffer.sample(args.batch_size, args.offline_ratio, args.utd)
             log.add(agent.METRICS, agent.update(*batches))
             log.lap("online update")
-            obs = next_obs
-            if terminated or truncated:
-                episode_return = info["episode"]["r"]  # of raw rewards
-                log.episode(step, episode_return, task.score(episode_return), info["episode"]["l"])
-                obs, _ = env.reset()
-            if step % args.log_every == 0 or step == args.online_steps:
-                log.write(step, "online")
-            if step % args.eval_every == 0 or step == args.online_steps:
-                evaluation(step, "online")
+            obs, done = next_obs, terminated or truncated
+            if done:
+                stats, episode = info["episode"], episode + 1  # of raw rewards
+                score = float(task.score(stats["r"]))
+                log.write("episodes", {"step": step, "return": float(stats["r"]), "score": score,
+                                       "length": int(stats["l"])})
+                obs, _ = env.reset(seed=env_seed + episode)
+            keep_books(step, args.online_steps, done)
     except KeyboardInterrupt:
         status = "interrupted"
         if log.sums:
-            log.write(step, "online" if step > 0 else "offline")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+            phase = "online" if step > 0 else "offline"
+            log.write("metrics", {"step": step, "phase": phase, **log.means(step)})
+        print(log.way_back(), file=sys.stderr)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
     if args.save:
-        save_agent(log.folder / "agent_final.pt", agent, args, rule, step)
+        write_whole(folder / "agent_final.pt", agent_state(agent, args, rule, step))
     title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
     facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
     summary = log.finish(title, facts | provenance(device))
     scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
-    print(f"score: {', '.join(scores)}; files in {log.folder}")
+    print(f"score: {', '.join(scores)}; files in {folder}")
     return summary
 
 
