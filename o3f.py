@@ -34,7 +34,7 @@ import importlib.util
 import json
 import os
 import platform
-import runpy
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +45,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Optional, Union
 
@@ -56,6 +57,11 @@ import torch
 import torch.nn as nn
 import tyro
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 # ==== 1. Flags ==============================================================================================
@@ -72,6 +78,12 @@ class Args:
     """seeds four independent streams: learning, exploration, training environment, evaluation"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where networks and replay buffer live; auto: cuda, else mps, else cpu"""
+    deterministic: bool = False
+    """on CUDA, choose kernels that repeat to the last bit, slower; a CPU's always do"""
+    compile: bool = False
+    """torch.compile the updates (a minute at start, a C++ compiler on CPU); the same results to rounding"""
+    cuda_graph: bool = False
+    """capture the update in a CUDA graph, sampling included: no Python per update; not with --compile"""
     run_dir: str = ""
     """folder for the outputs, new or empty; default runs/<task>-<base>-<explore>-s<seed>-<time>-<pid>"""
     resume: str = ""
@@ -350,7 +362,8 @@ class Batch(NamedTuple):
 
 
 def adam(args: Args, *nets: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], args.learning_rate, fused=True)
+    params = [p for net in nets for p in net.parameters()]
+    return torch.optim.Adam(params, args.learning_rate, fused=True, capturable=args.cuda_graph)
 
 
 class IQL(nn.Module):
@@ -604,6 +617,7 @@ class ReplayBuffer:
     def __init__(self, data: dict[str, np.ndarray], capacity: int, device: torch.device):
         self.capacity, self.num_offline = capacity, len(data["rewards"])
         self.size = self.cursor = self.num_offline
+        self.device_size = torch.tensor(self.size, device=device)  # a captured update reads it as it grows
         self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]  # O, A, 1, O, 1
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         for column, name in zip(self.rows.split(self.widths, 1), Batch._fields):
@@ -617,6 +631,7 @@ class ReplayBuffer:
         self.rows[self.cursor].copy_(torch.from_numpy(row))
         self.cursor += 1
         self.size = max(self.size, self.cursor)
+        self.device_size.fill_(self.size)
 
     def online_rows(self) -> torch.Tensor:
         """The rows that a checkpoint must hold, (n, 2·O + A + 2); the dataset is in its file."""
@@ -625,17 +640,62 @@ class ReplayBuffer:
     def restore(self, online_rows: torch.Tensor, cursor: int) -> None:
         self.size, self.cursor = self.num_offline + len(online_rows), cursor
         self.rows[self.num_offline : self.size] = online_rows.to(self.rows.device)
+        self.device_size.fill_(self.size)
 
     def sample(self, batch_size: int, offline_ratio: Optional[float] = None, batches: int = 1) -> list[Batch]:
         """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
-        device = self.rows.device
-        index = torch.randint(self.size, (batches, batch_size), device=device)
-        if offline_ratio is not None and self.size > self.num_offline:
-            n, online = round(offline_ratio * batch_size), (self.num_offline, self.size)
-            index[:, :n] = torch.randint(self.num_offline, (batches, n), device=device)
-            index[:, n:] = torch.randint(*online, (batches, batch_size - n), device=device)
+        # 63 random bits modulo the size: uniform to one part in 10¹², and the size stays on the device.
+        index = torch.randint(2**63 - 1, (batches, batch_size), device=self.rows.device)
+        if offline_ratio is None:
+            index %= self.device_size
+        else:
+            n = round(offline_ratio * batch_size)
+            start = self.num_offline * (self.device_size > self.num_offline)  # 0 while nothing is online
+            index[:, :n] %= self.num_offline
+            index[:, n:] = start + index[:, n:] % (self.device_size - start)
         obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)  # one gather for all
         return [*map(Batch, obs, actions, rewards.squeeze(-1), next_obs, ends.squeeze(-1))]
+
+
+def make_learner(agent: Base, buffer: ReplayBuffer, args: Args, offline_ratio: Optional[float], utd: int):
+    """A function that draws utd batches and updates the agent, -> METRICS: eager, compiled or captured."""
+
+    def learn() -> torch.Tensor:
+        return agent.update(*buffer.sample(args.batch_size, offline_ratio, utd))
+
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the draws of the eager update
+        for name in ("step", "update_critics", "update_policy"):  # what the bases call once per batch
+            if hasattr(agent, name):
+                setattr(agent, name, torch.compile(getattr(agent, name)))
+    if not args.cuda_graph:
+        return learn
+    # Capture: a few updates on a side stream allocate what is needed, then everything is put back in place.
+    before = [x.clone() for x in agent.state_dict().values()]
+    moments = copy.deepcopy([optimizer.state_dict()["state"] for optimizer in agent.optimizers.values()])
+    random, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            learn()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.no_grad():
+        for x, old in zip(agent.state_dict().values(), before):
+            x.copy_(old)
+        for optimizer, old in zip(agent.optimizers.values(), moments):
+            for i, state in optimizer.state_dict()["state"].items():
+                for name, x in state.items():
+                    x.copy_(old[i][name]) if i in old else x.zero_()
+    torch.cuda.set_rng_state(random)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = learn()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return metrics  # overwritten by the next replay
+
+    return replay
 
 
 # ==== 7. Tasks and environments =============================================================================
@@ -908,12 +968,10 @@ def find_dataset(args: Args) -> Path:
         if args.env_id.endswith("-random-v2"):  # D4RL's name for it, without need of the package
             urls, name = [], args.env_id.replace("-random", "_random") + ".hdf5"
         else:
-            table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
-            url = table.get(args.env_id) or table[args.env_id.replace("-v1", "-v0")]  # no ant maze v1 there
-            if args.env_id not in table:
-                for old, new in zip(("_new", "u-maze", "big-maze", "hardest-maze"), ("_v1", *MAZE_COLUMNS)):
-                    url = url.replace(old, new)
-            urls, name = [url], Path(url).name
+            tables = ("infos.py", "locomotion/__init__.py")  # only the second has the ant mazes' v1
+            text = "".join((d4rl_dir() / table).read_text() for table in tables)
+            urls = re.findall(f"'{args.env_id}'.*?'(http[^']+)'", text, re.DOTALL)[:1]
+            name = Path(urls[0]).name
         if (cache / name).is_file():
             return cache / name
         if urls:
@@ -929,27 +987,38 @@ def find_dataset(args: Args) -> Path:
 def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
     """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
     part, failures = path.with_name(path.name + ".part"), []
-    for url in urls:
-        try:
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=8) as response:
-                have = have if response.status == 206 else 0  # 200: this server starts over
-                length = response.headers.get("Content-Length")
-                total = have + int(length) if length else None
-                bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
-                with open(part, "ab" if have else "wb") as file, bar as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            if total and part.stat().st_size != total:
-                raise OSError(f"broke off after {part.stat().st_size} of {total} bytes: run again to resume")
-            if digest and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-                part.unlink()
-                raise OSError("its sha256 is not the known one, the copy was removed")
-            return part.replace(path)
-        except OSError as e:  # URLError, HTTPError and time-outs among them
-            failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
-            if getattr(e, "code", None) == 416:  # there is no rest to fetch: what we have is something else
-                part.unlink()
+    with open(part, "ab") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the file
+        for url in urls:
+            if path.is_file():
+                break
+            try:
+                have = os.fstat(file.fileno()).st_size
+                request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=8) as response:
+                    if response.status != 206:  # this server starts over
+                        have = file.truncate(0)
+                    length = response.headers.get("Content-Length")
+                    total = have + int(length) if length else None
+                    bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
+                    with bar as source:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                    file.flush()
+                if total and (have := part.stat().st_size) != total:
+                    raise OSError(f"broke off after {have} of {total} bytes: run again to resume")
+                if digest and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
+                    file.truncate(0)
+                    raise OSError("its sha256 is not the known one, the copy was removed")
+                part.replace(path)
+            except OSError as e:  # URLError, HTTPError and time-outs among them
+                failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
+                if getattr(e, "code", None) == 416:  # no rest to fetch: what we have is something else
+                    file.truncate(0)
+    if part.exists() and (path.is_file() or not part.stat().st_size):
+        part.unlink()
+    if path.is_file():
+        return path
     raise UserError(f"no source for {path.name}: not in {path.parent}; {'; '.join(failures)}. Ways on: "
                     "--dataset FILE (your copy), --dataset random (uniform actions), or plain python o3f.py")
 
@@ -981,18 +1050,24 @@ def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), terminals=(), timeouts=())
     raw = {}
     try:
-        with h5py.File(path, "r") as file:
+        with np.errstate(all="ignore"), h5py.File(path, "r") as file:
             if not set(shapes) - {"timeouts"} <= set(file):
                 raise UserError(f"{path.name}: found the keys {', '.join(file) or '(none)'}, needs "
                                 f"{', '.join(shapes)} (the last is optional)")
             rows = getattr(file["observations"], "shape", ())[:1]
+            # A damaged or hostile file can claim any size; no compression makes more than 1,100 bytes of one.
+            claimed, most = 4 * (obs_dim + act_dim) * rows[0] if rows else 0, 1100 * path.stat().st_size
+            if claimed > most:
+                raise UserError(f"{path.name}: claims {rows[0]:,} rows, more than it can hold: get it again")
             for name, column in ((name, file[name]) for name in shapes if name in file):
                 fits = getattr(column, "shape", None) == rows + shapes[name] and column.dtype.kind in "fbiu"
                 if not fits or rows < (2,):
                     raise UserError(f"{path.name}: {name} is {column}; this task needs numbers of shape "
                                     f"{(*rows, *shapes[name])}, 2 rows or more")
                 raw[name] = column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
-    except (OSError, RuntimeError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # h5py's many ways to say that a file is damaged
         raise UserError(f"{path}: not a whole HDF5 file ({e}); download or write it again") from e
     for name in ("observations", "actions", "rewards"):
         if (bad := ~np.isfinite(raw[name].reshape(*rows, -1)).all(1)).any():
@@ -1083,15 +1158,16 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     rule = RewardRule(scale, shift, targets)
     data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*columns))
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
-    facts = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
-             "transitions": len(data["rewards"]), "episodes": len(returns), "return_min": returns.min(),
-             "return_mean": returns.mean(), "return_max": returns.max(), "scale": scale, "shift": shift}
-    values = np.unique(raw["rewards"])
-    values = ", ".join(f"{v:g}" for v in values) if len(values) < 7 else f"{values[0]:.3g}…{values[-1]:.3g}"
+    values = [f"{value:.3g}" for value in np.unique(raw["rewards"])]
+    facts = {
+        "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
+        "dropped": len(ends) - len(data["rewards"]), "episodes": len(returns), "return_min": returns.min(),
+        "return_mean": returns.mean(), "return_max": returns.max(), "ends": data["terminations"].sum(),
+        "rewards": ", ".join(values) if len(values) < 7 else f"{values[0]}…{values[-1]}",
+        "trained_on": f"{scale:.4g}·{'(satisfied sub-tasks − 4)' if targets else 'r'}{shift:+g}"}
     print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
-          "{return_mean:.1f}/{return_max:.1f}, ".format(**facts) + f"rewards {values}; dropped "
-          f"{len(ends) - len(data['rewards']):,} rows without successor; {data['terminations'].sum():.0f} "
-          f"true ends; trained on {scale:.4g}·{'(satisfied sub-tasks − 4)' if targets else 'r'}{shift:+g}")
+          "{return_mean:.1f}/{return_max:.1f}, rewards {rewards}; dropped {dropped:,} rows without successor; "
+          "{ends:.0f} true ends; trained on {trained_on}".format(**facts))
     return data, rule, facts
 
 
@@ -1140,18 +1216,20 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
     args = replace(args, proposal="mean", explore="o3f" if args.eval_action == "optimistic" else "policy")
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
-    while len(running):
-        obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
-        actions, _ = explore_action(agent, obs_tensor, args, generator)
-        q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
-        steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
-        next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
-        train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
-        obs[running] = next_obs
-        returns[running] += rewards
-        discounted[running] += args.gamma ** lengths[running] * train_rewards
-        lengths[running] += 1
-        running = running[~(terminated | truncated)]
+    with ThreadPool() as pool:  # threads are enough: MuJoCo lets go of Python's lock while it steps
+        while len(running):
+            obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
+            actions, _ = explore_action(agent, obs_tensor, args, generator)
+            q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
+            pairs = zip(running, actions.cpu().numpy())
+            steps = pool.starmap(lambda i, action: envs[i].step(action)[:4], pairs)
+            next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
+            train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
+            obs[running] = next_obs
+            returns[running] += rewards
+            discounted[running] += args.gamma ** lengths[running] * train_rewards
+            lengths[running] += 1
+            running = running[~(terminated | truncated)]
     scores = task.score(returns)
     success = (scores >= 100.0).mean()  # the goal of a maze, all sub-tasks of a kitchen
     values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean(), success
@@ -1193,7 +1271,7 @@ def put_agent(saved: dict, agent: Base, args: Args, rule: RewardRule, flag: str)
     agent.load_state_dict(saved["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][name])
-        optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
 
 
 def load_saved(paths: list[Path], flag: str) -> dict:
@@ -1341,8 +1419,16 @@ def main(args: Args) -> dict:
     device = torch.device(found if args.device == "auto" else args.device)
     if device.type not in ("cpu", found):
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds only {found}; use auto")
+    if args.cuda_graph and (args.compile or device.type != "cuda"):
+        raise UserError(f"--cuda-graph: needs --device cuda (here: {device}), and --compile left out")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile: finds no C++ compiler: install g++ or clang++, or leave the flag out")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UserError("--track: package wandb is missing: pip install wandb")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     # Independent streams of random draws: evaluating more often, say, changes nothing in training.
     explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     explore_generator = torch.Generator(device).manual_seed(explore_seed)
@@ -1432,8 +1518,9 @@ def main(args: Args) -> dict:
         signal.signal(signum, interrupt)
     try:
         # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
+        learn = make_learner(agent, buffer, args, None, 1) if first < 1 else None
         for step in progress(range(first, 1), "offline", "update"):
-            log.add(agent.METRICS, agent.update(*buffer.sample(args.batch_size)))
+            log.add(agent.METRICS, learn())
             log.lap("offline update")
             keep_books(step, last=0)
         if first == 1 and not saved:
@@ -1447,6 +1534,7 @@ def main(args: Args) -> dict:
         # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
         # Every episode has a seed of its own: a resumed run needs no simulator's inner state. What is drawn
         # once per environment, the goal of an ant maze v0 or v1, is drawn here.
+        learn = make_learner(agent, buffer, args, args.offline_ratio, args.utd)
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + episode)
         for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
@@ -1464,8 +1552,7 @@ def main(args: Args) -> dict:
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
             log.lap("add")
-            batches = buffer.sample(args.batch_size, args.offline_ratio, args.utd)
-            log.add(agent.METRICS, agent.update(*batches))
+            log.add(agent.METRICS, learn())
             log.lap("online update")
             obs, done = next_obs, terminated or truncated
             if done:

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -646,7 +648,7 @@ def test_kitchen_rewards_consistent_and_stock(tmp_path, with_timeouts, capsys):
     data, rule, facts = o3f.load_dataset(make_args(dataset=path), task, env)
     expected = np.repeat([-4.0, -3.0, -2.0], [10, 10, 19])  # 39 of 40: the last row of a demonstration has no successor
     assert np.array_equal(data["rewards"], np.tile(expected, 3)) and data["terminations"].sum() == 0
-    assert facts["episodes"] == 3 and facts["rows"] == 120 and facts["transitions"] == 117
+    assert facts["episodes"] == 3 and facts["rows"] == 120 and facts["dropped"] == 3
     assert "NOT the same" in capsys.readouterr().out
     # The rule at work online: satisfied(s) − 4 whatever the environment pays; an end only where all four are.
     done = np.zeros(60)
@@ -749,6 +751,56 @@ def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monke
     assert o3f.find_dataset(args) == official  # D4RL's own file, where there is one, comes first
 
 
+def test_damaged_files_load_right_or_give_one_line(tmp_path):
+    """500 files with flipped bits, cut ends, wrong types and shapes, missing keys, NaN, absurd sizes."""
+    rng = np.random.default_rng(0)
+    columns = {"observations": rng.normal(size=(40, 3)), "actions": rng.uniform(-1, 1, (40, 1)),
+               "rewards": rng.normal(size=40), "terminals": np.zeros(40), "timeouts": np.zeros(40)}
+    good = Path(write_hdf5(tmp_path / "good.hdf5", **columns)).read_bytes()
+    kinds = (np.int8, "S3", np.complex64, np.float16, np.uint8)
+    refused, path = 0, tmp_path / "bad.hdf5"
+    for i in range(500):
+        name = list(columns)[rng.integers(5)]
+        if i % 5 < 3:
+            content = bytearray(good)
+            for _ in range(rng.integers(1, 30)):
+                content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            path.write_bytes(content if i % 5 < 2 else good[: rng.integers(len(good))])
+        else:
+            changed = {key: x.copy() for key, x in columns.items()}
+            mutation = rng.integers(5)
+            if mutation == 0:
+                changed[name] = changed[name].astype(kinds[rng.integers(5)])
+            elif mutation == 1:
+                changed[name].flat[rng.integers(40)] = rng.choice([np.nan, np.inf, -np.inf, 1e30])
+            elif mutation == 2:
+                changed[name] = changed[name][: rng.integers(40)]
+            elif mutation == 3:
+                del changed[name]
+            write_hdf5(path, **changed)
+            if mutation == 4:
+                with h5py.File(path, "a") as f:
+                    del f[name]
+                    f.create_dataset(name, (10**11, *columns[name].shape[1:]), np.float32, chunks=True)
+                    if rng.random() < 0.5:  # all of them, so that shapes agree
+                        for key in columns:
+                            if key in f:
+                                del f[key]
+                            f.create_dataset(key, (10**11, *columns[key].shape[1:]), np.float32, chunks=True)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        try:
+            raw = o3f.load_hdf5(path, 3, 1)
+            assert raw["observations"].shape == (len(raw["rewards"]), 3) and raw["observations"].dtype == np.float32
+            assert np.isfinite(raw["observations"]).all() and np.abs(raw["actions"]).max() <= 1 + 1e-6
+        except o3f.UserError as e:
+            refused += 1
+            assert len(str(e)) > 20
+        assert time.perf_counter() - start < 10
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert 200 < refused < 500
+
+
 class Files(http.server.BaseHTTPRequestHandler):
     """A server with ranges; it can cut every first answer short."""
 
@@ -792,6 +844,20 @@ def test_download_resumes_checks_and_names_every_source(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("c.hdf5*"))
     with pytest.raises(o3f.UserError, match=r"no source for d\.hdf5.*http://127\.0\.0\.1:1/x.*http://127\.0\.0\.1:1/y"):
         o3f.download(["http://127.0.0.1:1/x", "http://127.0.0.1:1/y"], tmp_path / "d.hdf5")
+
+
+def test_two_downloads_at_once_fetch_once(tmp_path):
+    content = np.random.default_rng(0).bytes(3_000_000)
+    with file_server(content) as url:
+        paths = []
+        threads = [threading.Thread(target=lambda: paths.append(o3f.download([url + "a"], tmp_path / "a.hdf5")))
+                   for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert paths == [tmp_path / "a.hdf5"] * 4 and paths[0].read_bytes() == content
+    assert Files.ranges == [0] and [p.name for p in tmp_path.iterdir()] == ["a.hdf5"]
 
 
 # ==== tasks and environments ================================================================================
@@ -1301,6 +1367,8 @@ BAD_FLAGS = [
     (["--sigma", "nan"], "--sigma nan"),
     (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+09"),
     (["--expectile", "1.5"], "--expectile 1.5"),
+    (["--cuda-graph", "--compile"], "--cuda-graph: needs --device cuda"),
+    (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda"),
     (["--base", "lapo", "--subset-size", "6"], "--subset-size 6: more than --num-critics 5"),
     (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
     (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
@@ -1531,6 +1599,54 @@ def test_ctrl_c_finishes_the_files(tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["last_step"] > 0
     assert {"curve.png", "agent_final.pt"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+# ==== speed =================================================================================================
+def fifty_updates(base, device="cpu", **flags):
+    """An agent after 50 calls of its learner, and the metrics of the last."""
+    args = make_args("kitchen-mixed-v0", base=base, hidden_dim=16, batch_size=32, utd=3, **flags)
+    torch.manual_seed(0)
+    agent = o3f.AGENTS[base](make_data(60), args).to(device)
+    agent.make_optimizers()
+    buffer = o3f.ReplayBuffer(make_data(60), 80, torch.device(device))
+    learn = o3f.make_learner(agent, buffer, args, 0.5, 3)
+    torch.manual_seed(1)
+    for i in range(50):
+        if i < 15:
+            buffer.add(np.full(7, i), np.zeros(3), 1.0, np.ones(7), False)
+        metrics = learn()
+    return {name: x.cpu() for name, x in agent.state_dict().items()}, metrics.cpu()
+
+
+def close(one, two):
+    assert torch.allclose(one[1], two[1], rtol=1e-3, atol=1e-4)
+    assert all(torch.allclose(one[0][name], two[0][name], rtol=1e-3, atol=1e-5) for name in one[0])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("base", ["iql", "lapo"])
+def test_compiled_updates_are_the_eager_ones(base):
+    close(fifty_updates(base), fifty_updates(base, compile=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("base", ["iql", "lapo"])
+def test_captured_updates_are_the_eager_ones(base):
+    close(fifty_updates(base, "cuda"), fifty_updates(base, "cuda", cuda_graph=True))
+
+
+def test_a_million_rows_fit():
+    """halfcheetah's 1M rows and 1M online ones: under 1 GiB, converted in seconds."""
+    n = 1_000_000
+    raw = {"observations": np.zeros((n, 17), np.float32), "actions": np.zeros((n, 6), np.float32),
+           "rewards": np.zeros(n, np.float32), "terminals": np.zeros(n, bool)}
+    raw["timeouts"] = o3f.mark_time_limits(raw["terminals"], 1000)
+    start = time.perf_counter()
+    data = o3f.to_transitions(raw)
+    data = data | {"terminations": data["terminations"].astype(np.float32)}
+    buffer = o3f.ReplayBuffer(data, 2 * n, torch.device("cpu"))
+    assert time.perf_counter() - start < 30
+    assert buffer.size == n - 1000 and buffer.rows.nbytes < 2**30 / 2
 
 
 # ==== killed and resumed ====================================================================================
