@@ -94,6 +94,8 @@ class Args:
     """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
     load: str = ""
     """start from this saved agent without an offline phase, so that variants share one pretraining"""
+    plot: tuple[str, ...] = ()
+    """draw these run folders' curves to plot.png and print their table, grouped by configuration; no run"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
     # -- task and data --
@@ -148,6 +150,10 @@ class Args:
     # -- IQL --
     expectile: Optional[float] = None
     """kappa of IQL Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best action's Q, more over-estimation"""
+    online_expectile: Optional[float] = None
+    """the paper's Fig. 3, which argues against it: another kappa online (paper 0.85; None: the same)"""
+    anneal: Literal["step", "linear"] = "step"
+    """how kappa gets there: at once at the switch, or linearly over the online phase"""
     beta: Optional[float] = None
     """inverse temperature of IQL Eq. 7 (locomotion 3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier"""
     exp_adv_max: float = 100.0
@@ -200,7 +206,7 @@ PRESETS = {
     "other": dict(sigma=0.2),
 }
 COUNTS = "num_candidates num_critics subset_size batch_size hidden_dim latent_dim utd eval_episodes"
-SHARES = "gamma tau expectile actor_dropout offline_ratio doubleq_min good_weight"
+SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
 LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES.split(), (0, 1))
 LIMITS |= dict.fromkeys(f"{COUNTS} eval_every log_every".split(), (1, 1e9))  # all else: (0, 1e9)
 
@@ -221,6 +227,8 @@ def resolve(args: Args, family: str) -> Args:
         low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
+    if args.online_expectile is not None and (args.base != "iql" or args.cuda_graph):
+        raise UserError("--online-expectile: is for --base iql, without --cuda-graph, which would freeze it")
     if args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than --num-critics {args.num_critics}")
     return args
@@ -383,6 +391,7 @@ class IQL(nn.Module):
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.vf = mlp([obs_dim, *hidden, 1])
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
+        self.expectile = args.expectile
 
     def make_optimizers(self) -> None:
         """One Adam per network; to be called on the final device."""
@@ -401,7 +410,7 @@ class IQL(nn.Module):
         # two target critics; which of the five, the paper does not say. Ours: the minimum of all.
         with torch.no_grad():
             target_q = self.qf_target(obs, actions).amin(0)  # (B,)
-        vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), args.expectile)
+        vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), self.expectile)
         opt["vf"].zero_grad()
         vf_loss.backward()
         opt["vf"].step()
@@ -1166,8 +1175,8 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
         "rewards": ", ".join(values) if len(values) < 7 else f"{values[0]}…{values[-1]}",
         "trained_on": f"{scale:.4g}·{'(satisfied sub-tasks − 4)' if targets else 'r'}{shift:+g}"}
     print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
-          "{return_mean:.1f}/{return_max:.1f}, rewards {rewards}; dropped {dropped:,} rows without successor; "
-          "{ends:.0f} true ends; trained on {trained_on}".format(**facts))
+          "{return_mean:.1f}/{return_max:.1f}, rewards {rewards}; dropped {dropped:,} rows without successor;"
+          " {ends:.0f} true ends; trained on {trained_on}".format(**facts))
     return data, rule, facts
 
 
@@ -1357,7 +1366,7 @@ class RunLog:
                                 f"{self.way_back()}; or try a lower --learning-rate")
         return values
 
-    def finish(self, title: str, facts: dict) -> dict:
+    def finish(self, facts: dict) -> dict:
         """Write summary.json and curve.png, close the files; returns the summary."""
         evals = [row for row in self.rows["metrics"] if "eval/score" in row]
         score = {step: row["eval/score"] for step, row in ((row["step"], row) for row in evals)}
@@ -1370,27 +1379,56 @@ class RunLog:
                    "offline_updates_per_s": self.laps["offline update"] / max(seconds["offline"], 1e-9),
                    "online_steps_per_s": self.laps["online update"] / max(seconds["online"], 1e-9)}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
-        if evals:
-            plot_curve(self.folder / "curve.png", evals, title)
         for file in (self.board, *self.files.values()):
             file.close()
+        if 0 in score:
+            plot([self.folder], self.folder / "curve.png")
         return summary
 
 
-def plot_curve(path: Path, evals: list[dict], title: str) -> None:
-    """Score against steps, both phases on one axis; the band is one standard deviation over the episodes."""
+def plot(folders: list[Path], path: Path) -> str:
+    """Draw runs' curves to a file, grouped by configuration; returns their table in Markdown.
+
+    Per group: the mean over seeds, with its 95 % bootstrap interval; of a single run, one standard deviation
+    over the evaluation's episodes. Area is the mean score of the online phase. Raises: UserError.
+    """
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-    columns = ("step", "eval/score", "eval/score_std")
-    steps, scores, stds = np.array([[row[column] for column in columns] for row in evals]).T
+    own = "seed run_dir load save device track checkpoint_every compile cuda_graph deterministic".split()
+    groups, names = {}, ("eval/score", "eval/score_std")
+    for folder in folders:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+            curve = {int(row["step"]): [float(row[name]) for name in names] for row in rows if row[names[0]]}
+            curve[0]
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"--plot {folder}: no run with an evaluation at step 0 ({e!r})") from e
+        config = {name: value for name, value in config.items() if name not in own}
+        groups.setdefault(json.dumps(config), []).append(curve)
+    configs = [json.loads(key) for key in groups]
+    differ = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
-    axes = figure.subplots()
-    for phase, mask, colour in (("offline", steps <= 0, "tab:gray"), ("online", steps >= 0, "tab:blue")):
-        axes.plot(steps[mask], scores[mask], ".-", color=colour, label=phase)
-        axes.fill_between(steps[mask], *(scores + [-stds, stds])[:, mask], color=colour, alpha=0.2, lw=0)
+    axes, rng = figure.subplots(), np.random.default_rng(0)
+    table = "| runs | seeds | offline | final | best | area | episodes |\n|---|---|---|---|---|---|---|\n"
+    for config, curves in zip(configs, groups.values()):
+        steps = np.array(sorted(set.intersection(*map(set, curves))))  # evaluated in every run of the group
+        scores, stds = np.array([[curve[step] for step in steps] for curve in curves]).transpose(2, 0, 1)
+        mean = scores.mean(0)
+        draws = scores[rng.integers(len(scores), size=(2000, len(scores)))].mean(1)
+        band = np.percentile(draws, (2.5, 97.5), axis=0) if len(curves) > 1 else mean + [-stds[0], stds[0]]
+        label = ", ".join(f"{name} {config.get(name)}" for name in differ or ("env_id", "base", "explore"))
+        (line,) = axes.plot(steps, mean, ".-", label=label)
+        axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
+        x, y = steps[steps >= 0], mean[steps >= 0]
+        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if x[-1] else y[0]
+        values = (y[0], y[-1], y.max(), area)
+        table += f"| {label} | {len(curves)} | " + " | ".join(f"{value:.1f}" for value in values)
+        table += f" | {config['eval_episodes']} |\n"
     axes.axvline(0, color="black", lw=0.8, ls=":")
-    axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score", title=title)
-    axes.legend(frameon=False)
+    axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score")
+    axes.legend(frameon=False, fontsize="small")
     figure.savefig(path)
+    return table
 
 
 def provenance(device: torch.device) -> dict:
@@ -1534,6 +1572,7 @@ def main(args: Args) -> dict:
         # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
         # Every episode has a seed of its own: a resumed run needs no simulator's inner state. What is drawn
         # once per environment, the goal of an ant maze v0 or v1, is drawn here.
+        agent.expectile = args.expectile if args.online_expectile is None else args.online_expectile
         learn = make_learner(agent, buffer, args, args.offline_ratio, args.utd)
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + episode)
@@ -1551,6 +1590,9 @@ def main(args: Args) -> dict:
             # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
+            if args.anneal == "linear" and args.online_expectile is not None:
+                change = args.online_expectile - args.expectile
+                agent.expectile = args.expectile + change * step / args.online_steps
             log.lap("add")
             log.add(agent.METRICS, learn())
             log.lap("online update")
@@ -1572,9 +1614,8 @@ def main(args: Args) -> dict:
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
     if args.save:
         write_whole(folder / "agent_final.pt", agent_state(agent, args, rule, step))
-    title = f"{args.env_id} ({data_facts['file']})\n{args.base}, {args.explore}, seed {args.seed}"
     facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
-    summary = log.finish(title, facts | provenance(device))
+    summary = log.finish(facts | provenance(device))
     scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
     print(f"score: {', '.join(scores)}; files in {folder}")
     return summary
@@ -1583,7 +1624,11 @@ def main(args: Args) -> dict:
 def cli(argv: Optional[list[str]] = None) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
     try:
-        return 0 if main(tyro.cli(Args, args=argv, description=__doc__))["status"] == "finished" else 130
+        args = tyro.cli(Args, args=argv, description=__doc__)
+        if args.plot:
+            print(plot([Path(folder) for folder in args.plot], Path("plot.png")), "\nfigure: plot.png")
+            return 0
+        return 0 if main(args)["status"] == "finished" else 130
     except UserError as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
         return 2

@@ -1367,6 +1367,7 @@ BAD_FLAGS = [
     (["--sigma", "nan"], "--sigma nan"),
     (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+09"),
     (["--expectile", "1.5"], "--expectile 1.5"),
+    (["--base", "lapo", "--online-expectile", "0.85"], "--online-expectile: is for --base iql"),
     (["--cuda-graph", "--compile"], "--cuda-graph: needs --device cuda"),
     (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda"),
     (["--base", "lapo", "--subset-size", "6"], "--subset-size 6: more than --num-critics 5"),
@@ -1599,6 +1600,44 @@ def test_ctrl_c_finishes_the_files(tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["last_step"] > 0
     assert {"curve.png", "agent_final.pt"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+# ==== experiments ===========================================================================================
+def write_run(folder, seed, scores, **flags):
+    folder.mkdir()
+    config = dataclasses.asdict(o3f.Args(seed=seed, run_dir=str(folder), **flags))
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = ["step,phase,eval/score,eval/score_std,q_mean", "-50,offline,,,3.0"]
+    lines += [f"{step},online,{score},1.5," for step, score in scores.items()]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_plot_groups_runs_and_prints_their_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", 0, {-100: 1.0, 0: 10.0, 100: 30.0, 300: 50.0}, explore="o3f")
+    write_run(tmp_path / "b", 1, {-100: 3.0, 0: 20.0, 100: 20.0, 300: 90.0}, explore="o3f", save=False)
+    write_run(tmp_path / "c", 0, {0: 10.0, 100: 12.0, 300: 8.0}, explore="noise")
+    assert o3f.cli(["--plot", "a", "b", "c"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # o3f: means 15, 25, 70; area (100·20 + 200·47.5)/300. noise: 10, 12, 8; area (100·11 + 200·10)/300.
+    assert "| explore o3f | 2 | 15.0 | 70.0 | 70.0 | 38.3 | 10 |" in lines
+    assert "| explore noise | 1 | 10.0 | 8.0 | 12.0 | 10.3 | 10 |" in lines
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "d").mkdir()
+    assert o3f.cli(["--plot", "a", "d"]) == 2
+    assert "--plot d: no run with an evaluation" in capsys.readouterr().err
+
+
+def test_expectile_switch_and_anneal(tmp_path, monkeypatch):
+    data = tmp_path / "p.hdf5"
+    o3f.collect_random("Pendulum-v1", 300, data)
+    seen, loss = [], o3f.expectile_loss
+    monkeypatch.setattr(o3f, "expectile_loss", lambda u, kappa: (seen.append(kappa), loss(u, kappa))[1])
+    for anneal, expected in (("step", [0.85] * 10), ("linear", np.linspace(0.7, 0.85, 11)[1:])):
+        seen.clear()
+        run("--env-id", "Pendulum-v1", "--dataset", data, "--offline-steps", 5, "--online-steps", 10, "--eval-episodes", 1,
+            "--online-expectile", 0.85, "--anneal", anneal, "--hidden-dim", 8, "--run-dir", tmp_path / anneal)
+        assert seen == pytest.approx([0.7] * 5 + list(expected))
 
 
 # ==== speed =================================================================================================
