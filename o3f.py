@@ -25,16 +25,19 @@ Reading order: 1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 base al
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import difflib
 import functools
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -57,11 +60,6 @@ import torch
 import torch.nn as nn
 import tyro
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 # ==== 1. Flags ==============================================================================================
@@ -211,9 +209,6 @@ LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES
 LIMITS |= dict.fromkeys(f"{COUNTS} eval_every log_every".split(), (1, 1e9))  # all else: (0, 1e9)
 
 
-VERSION = 1  # of saved files: a file of another version is refused
-
-
 class UserError(Exception):
     """Something that the user can put right: printed as one line, exit code 2."""
 
@@ -227,8 +222,13 @@ def resolve(args: Args, family: str) -> Args:
         low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
-    if args.online_expectile is not None and (args.base != "iql" or args.cuda_graph):
-        raise UserError("--online-expectile: is for --base iql, without --cuda-graph, which would freeze it")
+    foreign = {"iql": "doubleq_min value_clamp latent_dim",
+               "lapo": "expectile online_expectile beta actor_dropout"}
+    for name in foreign[args.base].split():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}, leave it out")
+    if args.online_expectile is not None and args.cuda_graph:
+        raise UserError("--online-expectile: not with --cuda-graph, which would freeze kappa")
     if args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than --num-critics {args.num_critics}")
     return args
@@ -369,19 +369,25 @@ class Batch(NamedTuple):
     terminations: torch.Tensor  # (B,), 1 at a true end
 
 
-def adam(args: Args, *nets: nn.Module) -> torch.optim.Adam:
-    params = [p for net in nets for p in net.parameters()]
+def make_optimizer(agent: nn.Module) -> torch.optim.Adam:
+    """One Adam for all networks of an agent that is on its final device.
+
+    Moments and count of steps are each weight's own, and a weight without gradient is left alone: this does
+    what one Adam per network would.
+    """
+    args, params = agent.args, [p for p in agent.parameters() if p.requires_grad]
     return torch.optim.Adam(params, args.learning_rate, fused=True, capturable=args.cuda_graph)
 
 
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
 
-    A base is METRICS, make_optimizers, update, policy and q_values: the rest of the file uses nothing else.
-    data (keys of Batch) is the dataset: IQL wants its shapes only.
+    A base is a module with METRICS, args, optimizer, update, policy and q_values; COMPILED names its methods
+    that work on one batch. data (keys of Batch) is the dataset: IQL wants its shapes only.
     """
 
     METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
+    COMPILED = ("step",)
 
     def __init__(self, data: dict[str, np.ndarray], args: Args):
         super().__init__()
@@ -391,12 +397,7 @@ class IQL(nn.Module):
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.vf = mlp([obs_dim, *hidden, 1])
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
-        self.expectile = args.expectile
-
-    def make_optimizers(self) -> None:
-        """One Adam per network; to be called on the final device."""
-        self.optimizers = {"vf": adam(self.args, self.vf), "actor": adam(self.args, self.actor),
-                           "qf": adam(self.args, self.qf)}
+        self.expectile = args.expectile  # κ; --online-expectile changes it
 
     def update(self, *batches: Batch) -> torch.Tensor:
         """A gradient step on every network per batch, METRICS' means over the batches."""
@@ -405,15 +406,15 @@ class IQL(nn.Module):
     def step(self, batch: Batch) -> torch.Tensor:
         """One update in the authors' order V, actor, Q, targets; METRICS' values."""
         obs, actions, rewards, next_obs, ends = batch
-        args, opt = self.args, self.optimizers
+        args = self.args
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (IQL Eq. 5). IQL takes the minimum of its
         # two target critics; which of the five, the paper does not say. Ours: the minimum of all.
         with torch.no_grad():
             target_q = self.qf_target(obs, actions).amin(0)  # (B,)
         vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), self.expectile)
-        opt["vf"].zero_grad()
+        self.optimizer.zero_grad()
         vf_loss.backward()
-        opt["vf"].step()
+        self.optimizer.step()
 
         # From here on the *new* V: at s for the actor, at s' for the critics.
         with torch.no_grad():
@@ -426,17 +427,15 @@ class IQL(nn.Module):
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # its checks wait for a GPU
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks wait for a GPU
         actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
         # Critics: every one regresses on the same r + γ(1 − d)·V(s') (IQL Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
         # The two losses share no parameter: one backward pass gives each network its own gradient.
-        opt["actor"].zero_grad()
-        opt["qf"].zero_grad()
+        self.optimizer.zero_grad()
         (actor_loss + qf_loss).backward()
-        opt["actor"].step()
-        opt["qf"].step()
+        self.optimizer.step()
         polyak_(self.qf_target, self.qf, args.tau)
         with torch.no_grad():
             q_std = q.std(0, correction=0).mean()
@@ -468,6 +467,7 @@ class LAPO(nn.Module):
     """
 
     METRICS = tuple("losses/qf losses/vf q_mean q_std v_mean v_limit losses/cvae losses/actor adv kl".split())
+    COMPILED = ("update_critics", "update_policy")
 
     def __init__(self, data: dict[str, np.ndarray], args: Args):
         super().__init__()
@@ -494,18 +494,13 @@ class LAPO(nn.Module):
         self.register_buffer("v_limits", torch.zeros(2))
         self.widen(torch.from_numpy(data["rewards"]))
 
-    def make_optimizers(self) -> None:
-        """One Adam for the critics and V, one for the CVAE, one for the policy; call on the final device."""
-        self.optimizers = {"critics": adam(self.args, self.qf, self.vf), "actor": adam(self.args, self.actor),
-                           "cvae": adam(self.args, self.encoder, self.decoder)}
-
     def widen(self, rewards: torch.Tensor) -> None:
         """Widen V's limits to what these rewards allow, in place on the device.
 
         No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid once, at
-        the end, not more than r. 0 is always within: V after an end. (With the kitchen's rewards the data
-        alone, max r = −1, would put V at −100 or less, however near the end is.) What is seen online must
-        widen them, or the value of a policy better than the data would be cut off.
+        the end, not more than r. Ours: 0, V after an end, is always within (the kitchen's data, max r = −1,
+        would put V at −100 or less, however near the end is). What is seen online must widen the limits, or
+        the value of a policy better than the data would be cut off.
         """
         scale = 1.0 / max(1.0 - self.args.gamma, 1e-6) if self.args.value_clamp == "discounted" else 1.0
         low, high = self.v_limits
@@ -525,7 +520,7 @@ class LAPO(nn.Module):
         """Critics and V once per batch, CVAE and policy once, on the last (REDQ's UTD); METRICS' values."""
         args, values = self.args, []
         for i, batch in enumerate(batches):
-            if i > 0:
+            if i > 0:  # after each batch; after the last one below, as CVAE and policy ask the old copies
                 polyak_(self.qf_target, self.qf, args.tau)
             obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch[0], batch[3]))
             batch = Batch(obs, (batch.actions - self.act_mean) / self.act_std, batch[2], next_obs, batch[4])
@@ -540,7 +535,7 @@ class LAPO(nn.Module):
     def update_critics(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
         """One step on Q and V; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
-        args, opt = self.args, self.optimizers["critics"]
+        args = self.args
         with torch.no_grad():
             # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of the slow
             # policy: V is the value of the latent policy, where IQL's is that of the data's best.
@@ -552,9 +547,9 @@ class LAPO(nn.Module):
                 v_target = v_target.clamp(*self.v_limits)
         q, v = self.qf(obs, actions), self.vf(obs).squeeze(-1)  # (m, B), (B,)
         qf_loss, vf_loss = ensemble_mse(q, target), ((v - v_target) ** 2).mean()
-        opt.zero_grad()
+        self.optimizer.zero_grad()
         (qf_loss + vf_loss).backward()  # no parameter in common: each gets its own gradient
-        opt.step()
+        self.optimizer.step()
         with torch.no_grad():
             return torch.stack([qf_loss / len(q), vf_loss, q.mean(), q.std(0, correction=0).mean(), v.mean(),
                                 self.v_limits[1]])
@@ -562,7 +557,7 @@ class LAPO(nn.Module):
     def update_policy(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
-        args, opt = self.args, self.optimizers
+        args = self.args
         # CVAE: imitate with weight 0.9 what turned out better than V, with 0.1 the rest.
         with torch.no_grad():
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
@@ -576,13 +571,11 @@ class LAPO(nn.Module):
         cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
         # Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))) through the decoder's slow copy.
         actor_loss = -self.qf(obs, self.act(obs, self.actor, self.decoder_target)).mean()
-        opt["cvae"].zero_grad()
-        opt["actor"].zero_grad()
         # The two share no parameter; the critics, which actor_loss runs through, are not to learn from it.
-        learners = nn.ModuleList([self.encoder, self.decoder, self.actor]).parameters()
-        (cvae_loss + actor_loss).backward(inputs=list(learners))
-        opt["cvae"].step()
-        opt["actor"].step()
+        learners = [p for net in (self.encoder, self.decoder, self.actor) for p in net.parameters()]
+        self.optimizer.zero_grad()
+        (cvae_loss + actor_loss).backward(inputs=learners)
+        self.optimizer.step()
         with torch.no_grad():
             return torch.stack([cvae_loss, actor_loss, adv.mean(), kl.mean()])
 
@@ -653,13 +646,15 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, offline_ratio: Optional[float] = None, batches: int = 1) -> list[Batch]:
         """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
-        # 63 random bits modulo the size: uniform to one part in 10¹², and the size stays on the device.
-        index = torch.randint(2**63 - 1, (batches, batch_size), device=self.rows.device)
+        # Modulo a size that stays on the device, so that a captured update sees it grow; the first rows are
+        # the likelier by size/2³¹, a thousandth for 2M rows.
+        index = torch.randint(2**31 - 1, (batches, batch_size), device=self.rows.device)
         if offline_ratio is None:
             index %= self.device_size
         else:
             n = round(offline_ratio * batch_size)
-            start = self.num_offline * (self.device_size > self.num_offline)  # 0 while nothing is online
+            online = self.device_size > self.num_offline
+            start = self.num_offline * online  # 0, all rows, while there are no online ones
             index[:, :n] %= self.num_offline
             index[:, n:] = start + index[:, n:] % (self.device_size - start)
         obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)  # one gather for all
@@ -674,14 +669,17 @@ def make_learner(agent: Base, buffer: ReplayBuffer, args: Args, offline_ratio: O
 
     if args.compile:
         torch._inductor.config.fallback_random = True  # the draws of the eager update
-        for name in ("step", "update_critics", "update_policy"):  # what the bases call once per batch
-            if hasattr(agent, name):
-                setattr(agent, name, torch.compile(getattr(agent, name)))
+        for name in agent.COMPILED:
+            setattr(agent, name, torch.compile(getattr(agent, name)))
     if not args.cuda_graph:
         return learn
+
     # Capture: a few updates on a side stream allocate what is needed, then everything is put back in place.
-    before = [x.clone() for x in agent.state_dict().values()]
-    moments = copy.deepcopy([optimizer.state_dict()["state"] for optimizer in agent.optimizers.values()])
+    def tensors() -> list[torch.Tensor]:
+        moments = [x for state in agent.optimizer.state.values() for x in state.values()]
+        return [*agent.parameters(), *agent.buffers(), *moments]
+
+    before = {id(x): x.detach().clone() for x in tensors()}
     random, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -689,12 +687,8 @@ def make_learner(agent: Base, buffer: ReplayBuffer, args: Args, offline_ratio: O
             learn()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():
-        for x, old in zip(agent.state_dict().values(), before):
-            x.copy_(old)
-        for optimizer, old in zip(agent.optimizers.values(), moments):
-            for i, state in optimizer.state_dict()["state"].items():
-                for name, x in state.items():
-                    x.copy_(old[i][name]) if i in old else x.zero_()
+        for x in tensors():
+            x.copy_(before[id(x)]) if id(x) in before else x.zero_()
     torch.cuda.set_rng_state(random)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -782,6 +776,8 @@ def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.En
     if not flat or not np.isfinite([spaces[1].low, spaces[1].high]).all():
         raise UserError(f"--env-id {env_id}: needs a flat Box of observations and a bounded flat Box of "
                         f"actions, found {spaces[0]} and {spaces[1]}")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 1000)  # an evaluation has to end
     if (spaces[1].low != -1).any() or (spaces[1].high != 1).any():
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env
@@ -939,8 +935,8 @@ class AntMazeEnv(MujocoEnv):
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
-        if self.goal is None or self.goal_per_reset:  # v0 and v1: once per environment object
-            jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
+        jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
+        if self.goal is None or self.goal_per_reset:  # v0 and v1: the first draw stays
             self.goal = np.maximum(self.goal_cell[0] + jitter, 0.0)
             self.model.site("goal").pos[:2] = self.goal
         qpos = self.model.qpos0 + self.np_random.uniform(-0.1, 0.1, self.model.nq)
@@ -977,9 +973,10 @@ def find_dataset(args: Args) -> Path:
         if args.env_id.endswith("-random-v2"):  # D4RL's name for it, without need of the package
             urls, name = [], args.env_id.replace("-random", "_random") + ".hdf5"
         else:
-            tables = ("infos.py", "locomotion/__init__.py")  # only the second has the ant mazes' v1
-            text = "".join((d4rl_dir() / table).read_text() for table in tables)
-            urls = re.findall(f"'{args.env_id}'.*?'(http[^']+)'", text, re.DOTALL)[:1]
+            table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
+            ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has their v1, which the table lacks
+            registered = re.findall(f"'{args.env_id}'.*?'(http[^']+)'", ants, re.DOTALL)
+            urls = [table.get(args.env_id) or registered[0]]
             name = Path(urls[0]).name
         if (cache / name).is_file():
             return cache / name
@@ -995,10 +992,10 @@ def find_dataset(args: Args) -> Path:
 
 def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
     """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
+    import fcntl  # POSIX; nothing else here needs it
     part, failures = path.with_name(path.name + ".part"), []
     with open(part, "ab") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the file
+        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the file
         for url in urls:
             if path.is_file():
                 break
@@ -1007,7 +1004,8 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
                 request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
                 with urllib.request.urlopen(request, timeout=8) as response:
                     if response.status != 206:  # this server starts over
-                        have = file.truncate(0)
+                        file.truncate(0)
+                        have = 0
                     length = response.headers.get("Content-Length")
                     total = have + int(length) if length else None
                     bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
@@ -1020,7 +1018,7 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
                     file.truncate(0)
                     raise OSError("its sha256 is not the known one, the copy was removed")
                 part.replace(path)
-            except OSError as e:  # URLError, HTTPError and time-outs among them
+            except (OSError, http.client.HTTPException) as e:  # HTTPError and time-outs are OSErrors
                 failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
                 if getattr(e, "code", None) == 416:  # no rest to fetch: what we have is something else
                     file.truncate(0)
@@ -1144,11 +1142,11 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
         raw["timeouts"] = mark_time_limits(raw["terminals"], horizon)
     if task.family == "antmaze":  # a row whose successor is more than a cell away ends its episode
         jumps = np.append(np.linalg.norm(np.diff(raw["observations"][:, :2], axis=0), axis=1) > 4.0, False)
-        jumps &= ~raw["timeouts"]
+        jumps &= ~(raw["timeouts"] | raw["terminals"])
         raw["timeouts"] |= jumps
         if jumps.any() or args.env_id.endswith("-v0"):
-            print(f"warning: {jumps.sum()} teleports, steps of over a cell without a time-out, are dropped "
-                  "(v0's time-outs are out of step: prefer v2)")
+            print(f"warning: {jumps.sum()} teleports, steps of over a cell without a time-out, are dropped"
+                  + "; v0's time-outs are out of step: prefer v2" * args.env_id.endswith("-v0"))
     data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
     returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
     print(reward_check(raw, ends, task, env))
@@ -1166,7 +1164,8 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
         scale = 1000.0 / float(np.ptp(returns))
     rule = RewardRule(scale, shift, targets)
     data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*columns))
-    data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # as in the authors' code of IQL
+    if args.base == "iql":  # as in its authors' code
+        data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
     values = [f"{value:.3g}" for value in np.unique(raw["rewards"])]
     facts = {
         "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
@@ -1246,6 +1245,9 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
 
 
 # ==== 10. Files =============================================================================================
+VERSION = 1  # of saved files
+
+
 def write_whole(path: Path, state: dict, keep: Optional[Path] = None) -> None:
     """torch.save, there whole or not at all; the file that was there before becomes `keep`, or goes."""
     part = path.with_name(path.name + ".part")
@@ -1259,28 +1261,6 @@ def write_whole(path: Path, state: dict, keep: Optional[Path] = None) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def agent_state(agent: Base, args: Args, rule: RewardRule, step: int) -> dict:
-    """Networks, targets, optimisers, reward constants and flags, as tensors and plain values."""
-    optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}
-    return {"version": VERSION, "step": step, "args": asdict(args), "reward_rule": list(rule[:2]),
-            "optimizers": optimizers, "agent": agent.state_dict()}
-
-
-def put_agent(saved: dict, agent: Base, args: Args, rule: RewardRule, flag: str) -> None:
-    """Restore an agent in place. Raises: UserError where it is of another task, base, size or reward."""
-    then = saved["args"] | {"reward scale and shift": saved["reward_rule"]}
-    now = asdict(args) | {"reward scale and shift": list(rule[:2])}
-    for name in ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "latent_dim",
-                 "reward scale and shift"):
-        if then.get(name) != now[name]:
-            raise UserError(f"{flag}: trained with {name} {then.get(name)}, this run has {now[name]}: "
-                            "change one or the other")
-    agent.load_state_dict(saved["agent"])
-    for name, optimizer in agent.optimizers.items():
-        optimizer.load_state_dict(saved["optimizers"][name])
-        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
 
 
 def load_saved(paths: list[Path], flag: str) -> dict:
@@ -1299,35 +1279,52 @@ def load_saved(paths: list[Path], flag: str) -> dict:
     raise UserError(f"{flag}: {'; '.join(problems)}: give what this program saved")
 
 
+def agent_state(agent: Base, rule: RewardRule, step: int) -> dict:
+    """Networks, targets, optimiser and what another run must share with them, as tensors and plain values."""
+    names = ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "latent_dim")
+    identity = {name: getattr(agent.args, name) for name in names} | dict(scale=rule.scale, shift=rule.shift)
+    return {"version": VERSION, "step": step, "args": asdict(agent.args), "identity": identity,
+            "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+
+
+def put_agent(saved: dict, agent: Base, rule: RewardRule, flag: str) -> None:
+    """Restore an agent in place. Raises: UserError where it is of another task, base, size or reward."""
+    for name, now in agent_state(agent, rule, 0)["identity"].items():
+        if (then := saved["identity"].get(name)) != now:
+            raise UserError(f"{flag}: trained with {name} {then}, this run has {now}: change one of them")
+    agent.load_state_dict(saved["agent"])
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    agent.optimizer.param_groups[0].update(lr=agent.args.learning_rate, capturable=agent.args.cuda_graph)
+
+
 class RunLog:
     """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
 
-    The rows stay in memory too: checkpoint, summary and curve are made from them. What is added to the next
-    row stays on the device until that row is written.
+    The rows stay in memory too: checkpoint and summary are made from them. What is added to the next row of
+    metrics stays on the device until that row is written.
     """
 
     def __init__(self, folder: Path, args: Args, metrics: tuple[str, ...], saved: Optional[dict] = None):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not saved:
-            raise UserError(f"--run-dir {folder}: not empty; choose a new folder, or --resume {folder}")
         (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
-        saved = saved or {"rows": {}, "sums": {}, "seconds": {}, "laps": {}}
-        self.folder, self.board, self.sums = folder, SummaryWriter(str(folder)), saved["sums"]
+        saved = saved or {"step": None, "rows": {}, "sums": {}, "seconds": {}, "laps": {}}
+        self.folder, self.sums = folder, saved["sums"]
+        self.board = SummaryWriter(str(folder), purge_step=saved["step"] and saved["step"] + 1)
         self.seconds, self.laps = Counter(saved["seconds"]), Counter(saved["laps"])
         self.last_lap = time.perf_counter()
         columns = {"metrics": ["step", "phase", *EVALS, *metrics],
                    "episodes": ["step", "return", "score", "length"]}
-        self.files = {name: open(folder / f"{name}.csv", "w", 1, newline="") for name in columns}
-        self.csv = {name: csv.DictWriter(self.files[name], columns[name]) for name in columns}
-        self.rows = {name: [] for name in columns}
-        for name in columns:
-            self.csv[name].writeheader()
-            for row in saved["rows"].get(name, []):
-                self.write(name, row)
+        self.rows = {table: saved["rows"].get(table, []) for table in columns}
+        self.csv = {}
+        for table in columns:
+            file = open(folder / f"{table}.csv", "w", 1, newline="")
+            self.csv[table] = csv.DictWriter(file, columns[table])
+            self.csv[table].writeheader()
+            self.csv[table].writerows(self.rows[table])
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under this name."""
@@ -1336,17 +1333,20 @@ class RunLog:
         self.laps[name] += 1
         self.last_lap = now
 
-    def write(self, table: str, row: dict) -> None:
-        self.rows[table].append(row)
-        self.csv[table].writerow(row)
-        for name, value in row.items():
-            if name not in ("step", "phase"):
-                self.board.add_scalar(name if "/" in name else f"{table}/{name}", value, row["step"])
+    def write(self, table: str, step: int, values: dict[str, float]) -> None:
+        phase = {"phase": "online" if step > 0 else "offline"} if table == "metrics" else {}
+        self.rows[table].append({"step": step, **phase, **values})
+        self.csv[table].writerow(self.rows[table][-1])
+        for name, value in self.sound(step, values).items():
+            self.board.add_scalar(name if "/" in name else f"{table}/{name}", value, step)
 
-    def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
-        """Sum metrics, values (len(names),), without leaving their device."""
-        total, count = self.sums.get(names, (0.0, 0))
-        self.sums[names] = total + values, count + 1
+    def sound(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """The same values. Raises: UserError where one is no number: the run is lost from there."""
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; "
+                                f"{self.way_back()}; or try a lower --learning-rate")
+        return values
 
     def way_back(self) -> str:
         """What to say when a run stops before its end."""
@@ -1354,34 +1354,37 @@ class RunLog:
             return "no checkpoint was due yet (--checkpoint-every)"
         return f"--resume {self.folder} goes on from its last checkpoint"
 
+    def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
+        """Sum metrics, values (len(names),), without leaving their device."""
+        total, count = self.sums.get(names, (0.0, 0))
+        self.sums[names] = total + values, count + 1
+
     def means(self, step: int) -> dict[str, float]:
-        """What was added, averaged. Raises: UserError where it is no number: the run is lost from there."""
-        return self.check(step, {name: mean for names, (total, count) in self.sums.items()
+        """What was added, averaged; UserError as above."""
+        return self.sound(step, {name: mean for names, (total, count) in self.sums.items()
                                  for name, mean in zip(names, (total / count).tolist())})
 
-    def check(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        for name, value in values.items():
-            if not np.isfinite(value):
-                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; "
-                                f"{self.way_back()}; or try a lower --learning-rate")
-        return values
+    def flush(self, step: int) -> None:
+        """Write what was added, if anything was, as one row."""
+        if self.sums:
+            self.write("metrics", step, self.means(step))
+            self.sums.clear()
 
     def finish(self, facts: dict) -> dict:
-        """Write summary.json and curve.png, close the files; returns the summary."""
-        evals = [row for row in self.rows["metrics"] if "eval/score" in row]
-        score = {step: row["eval/score"] for step, row in ((row["step"], row) for row in evals)}
-        seconds = {"offline": self.seconds["offline update"], "online": sum(
-            self.seconds[name] for name in ("act", "environment", "add", "online update"))}
-        summary = {"score_offline": score.get(0), "score_final": score[max(score)] if score else None,
-                   "score_best": max(score.values(), default=None),
-                   "success_final": evals[-1]["eval/success"] if evals else None,
-                   **facts, "seconds": self.seconds,
-                   "offline_updates_per_s": self.laps["offline update"] / max(seconds["offline"], 1e-9),
-                   "online_steps_per_s": self.laps["online update"] / max(seconds["online"], 1e-9)}
+        """Write summary.json and curve.png; returns the summary."""
+        evals = {row["step"]: row for row in self.rows["metrics"] if "eval/score" in row}
+        scores = [row["eval/score"] for row in evals.values()] or [None]
+        successes = [row["eval/success"] for row in evals.values()] or [None]
+        online = sum(self.seconds[name] for name in ("act", "environment", "add", "online update"))
+        summary = {
+            "score_offline": evals[0]["eval/score"] if 0 in evals else None, "score_final": scores[-1],
+            "score_best": max(scores), "success_final": successes[-1],
+            "offline_updates_per_s": self.laps["offline update"] / (self.seconds["offline update"] or 1),
+            "online_steps_per_s": self.laps["online update"] / (online or 1),
+            "seconds": self.seconds, **facts}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
-        for file in (self.board, *self.files.values()):
-            file.close()
-        if 0 in score:
+        self.board.close()
+        if 0 in evals:
             plot([self.folder], self.folder / "curve.png")
         return summary
 
@@ -1442,35 +1445,65 @@ def provenance(device: torch.device) -> dict:
 
 
 # ==== 11. Both phases =======================================================================================
+@contextlib.contextmanager
+def heed_signals():
+    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between steps; once more stops at once."""
+    seen = []
+
+    def note(signum, frame):
+        seen.append(signum)
+        signal.signal(signum, signal.default_int_handler)
+        print("\nfinishing this step, then the files; once more stops at once", file=sys.stderr)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def main(args: Args) -> dict:
     """Set-up, offline phase, online phase, files; returns the summary."""
-    saved, folder = None, Path(args.resume)
+    saved, folder, flag = None, Path(args.resume), f"--resume {args.resume}"
     if args.resume:
         if replace(args, resume="") != Args():
             raise UserError("--resume takes every flag from the run that it resumes: drop the others")
-        names = ("checkpoint.pt", "checkpoint_previous.pt")
-        saved = load_saved([folder / name for name in names], f"--resume {folder}")
+        saved = load_saved([folder / "checkpoint.pt", folder / "checkpoint_previous.pt"], flag)
         args = Args(**saved["args"])
     task = get_task(args.env_id)
     args = resolve(args, task.family)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = torch.device(found if args.device == "auto" else args.device)
-    if device.type not in ("cpu", found):
-        raise UserError(f"--device {args.device}: torch {torch.__version__} finds only {found}; use auto")
-    if args.cuda_graph and (args.compile or device.type != "cuda"):
-        raise UserError(f"--cuda-graph: needs --device cuda (here: {device}), and --compile left out")
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile: finds no C++ compiler: install g++ or clang++, or leave the flag out")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise UserError("--track: package wandb is missing: pip install wandb")
+    args = replace(args, device=device.type)
+    compilers = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
+    if not saved:
+        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    for wrong, message in (
+        (device.type not in ("cpu", found), f"--device {device}: torch finds only {found} here; use auto"),
+        (args.cuda_graph and (args.compile or device.type != "cuda"),
+         f"--cuda-graph: needs --device cuda (here: {device}), and --compile left out"),
+        (args.compile and device.type == "cpu" and not compilers,
+         "--compile: finds no C++ compiler: install g++ or clang++, or leave the flag out"),
+        (args.track and importlib.util.find_spec("wandb") is None,
+         "--track: package wandb is missing: pip install wandb"),
+        (not saved and folder.is_dir() and any(folder.iterdir()),
+         f"--run-dir {folder}: not empty; choose a new folder, or --resume {folder}"),
+    ):
+        if wrong:
+            raise UserError(message)
+    if args.load and not saved:
+        flag, loaded = f"--load {args.load}", load_saved([Path(args.load)], f"--load {args.load}")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
     # Independent streams of random draws: evaluating more often, say, changes nothing in training.
     explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     explore_generator = torch.Generator(device).manual_seed(explore_seed)
-    torch.manual_seed(args.seed)  # the global stream: initial weights, batches, dropout, and nothing else
+    learning = torch if device.type == "cpu" else torch.get_device_module(device)
+    torch.manual_seed(args.seed)  # the global stream: whatever learning draws, and nothing else
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
     eval_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
     data, rule, data_facts = load_dataset(args, task, env)
@@ -1480,82 +1513,67 @@ def main(args: Args) -> dict:
     if args.buffer_size is not None and args.buffer_size <= rows:
         raise UserError(f"--buffer-size {args.buffer_size}: give more than the dataset's {rows} transitions")
     agent = AGENTS[args.base](data, args).to(device)
-    agent.make_optimizers()
+    agent.optimizer = make_optimizer(agent)
     buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
+    # Steps up to 0 are offline updates, the others online steps, so that both phases share one axis.
     first, episode = 1 if args.load else 1 - args.offline_steps, 0
     if saved:
         if saved["sha256"] != data_facts["sha256"]:
-            raise UserError(f"--resume {folder}: {data_facts['file']} has changed since: its sha256 was "
-                            f"{saved['sha256']}; put that file back")
-        put_agent(saved, agent, args, rule, f"--resume {folder}")
+            raise UserError(f"{flag}: {data_facts['file']} has changed: put back the file whose sha256 is "
+                            f"{saved['sha256']}")
+        put_agent(saved, agent, rule, flag)
         first, episode = saved["step"] + 1, saved["episode"]
         buffer.restore(saved["online_rows"], saved["cursor"])
-        explore_generator.set_state(saved["random"]["explore"])
-        torch.set_rng_state(saved["random"]["torch"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["random"]["cuda"])
+        explore_generator.set_state(saved["explore_state"])
+        learning.set_rng_state(saved["learning_state"])
         saved["sums"] = {names: (total.to(device), n) for names, (total, n) in saved["sums"].items()}
     elif args.load:
-        flag = f"--load {args.load}"
-        put_agent(load_saved([Path(args.load)], flag), agent, args, rule, flag)
-    if not saved:
-        name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
-        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        put_agent(loaded, agent, rule, flag)
     log = RunLog(folder, args, (*agent.METRICS, "o3f/optimism"), saved)
     print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
     last_checkpoint = step = first - 1
 
     def evaluation(step: int) -> None:
-        results = log.check(step, evaluate(agent, eval_envs, rule, task, args, eval_seed))
         phase = "online" if step > 0 else "offline"
-        log.write("metrics", {"step": step, "phase": phase, **results})
+        results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
+        log.write("metrics", step, results)
         log.lap("evaluation")
         tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
-                   "discounted return {:.1f}, success {:.0%}".format(phase, step, *results.values()))
+                   "discounted return {:.1f}; success {:.0%}".format(phase, step, *results.values()))
+
+    def checkpoint(step: int) -> None:
+        """All that a resumed run needs; online only between episodes, when no simulator is in mid-air."""
+        log.means(step)  # raises where training has diverged: what is saved is sound
+        state = agent_state(agent, rule, step) | {
+            "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
+            "explore_state": explore_generator.get_state(), "learning_state": learning.get_rng_state(),
+            "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
+            "seconds": dict(log.seconds), "laps": dict(log.laps)}
+        try:
+            write_whole(folder / "checkpoint.pt", state, folder / "checkpoint_previous.pt")
+        except OSError as e:
+            tqdm.write(f"warning: no checkpoint at step {step}, the older one stays: {e}")
+        log.lap("checkpoint")
 
     def keep_books(step: int, last: int, at_rest: bool = True) -> None:
-        """After every step: log, evaluate, and, where nothing is under way, write the checkpoint."""
+        """After every step: log, evaluate, save, whichever is due."""
         nonlocal last_checkpoint
-        if (step % args.log_every == 0 or step == last) and log.sums:
-            phase = "online" if step > 0 else "offline"
-            log.write("metrics", {"step": step, "phase": phase, **log.means(step)})
-            log.sums.clear()
+        if step % args.log_every == 0 or step == last:
+            log.flush(step)
         if step % args.eval_every == 0 or step == last:
             evaluation(step)
         if at_rest and args.checkpoint_every and step - last_checkpoint >= args.checkpoint_every:
-            log.means(step)  # raises where training has diverged: what is saved is sound
-            random = {"explore": explore_generator.get_state(), "torch": torch.get_rng_state(),
-                      "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-            state = agent_state(agent, args, rule, step) | {
-                "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
-                "random": random, "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
-                "seconds": dict(log.seconds), "laps": dict(log.laps)}
-            try:
-                write_whole(folder / "checkpoint.pt", state, folder / "checkpoint_previous.pt")
-                last_checkpoint = step
-            except OSError as e:
-                tqdm.write(f"warning: no checkpoint at step {step}, the older one stays: {e}")
-            log.lap("checkpoint")
+            checkpoint(step)
+            last_checkpoint = step
 
-    status, interrupts = "finished", []
-
-    def interrupt(signum, frame):
-        interrupts.append(signum)
-        signal.signal(signum, signal.default_int_handler)
-        print("\nfinishing this step, then the files; once more stops at once", file=sys.stderr)
-
-    def progress(steps: range, phase: str, unit: str):
-        """The steps, with a bar in a terminal; Ctrl-C is heeded here, where no step is half done."""
-        with tqdm(steps, desc=phase, unit=unit, mininterval=1.0, disable=None) as bar:
-            for step in bar:
+    with heed_signals() as signals:
+        def progress(steps: range, phase: str, unit: str):
+            for step in tqdm(steps, desc=phase, unit=unit, mininterval=1.0, disable=None):
+                if signals:
+                    return
                 yield step
-                if interrupts:
-                    raise KeyboardInterrupt
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
-    try:
-        # -- offline: steps 1 − offline_steps … 0, so that both phases share one axis --
+        # -- offline --
         learn = make_learner(agent, buffer, args, None, 1) if first < 1 else None
         for step in progress(range(first, 1), "offline", "update"):
             log.add(agent.METRICS, learn())
@@ -1563,23 +1581,23 @@ def main(args: Args) -> dict:
             keep_books(step, last=0)
         if first == 1 and not saved:
             evaluation(0)
-        if first <= 1:
+        if first <= 1 and step == 0:
             if args.save and not args.load:
-                write_whole(folder / "agent_offline.pt", agent_state(agent, args, rule, 0))
+                write_whole(folder / "agent_offline.pt", agent_state(agent, rule, 0))
             if args.reset_optimizer:
-                agent.make_optimizers()
+                agent.optimizer = make_optimizer(agent)
 
-        # -- online, O3F Algorithm 1: objective, buffer and optimisers carry on --
-        # Every episode has a seed of its own: a resumed run needs no simulator's inner state. What is drawn
-        # once per environment, the goal of an ant maze v0 or v1, is drawn here.
+        # -- online, O3F Algorithm 1: objective, buffer and optimiser carry on --
         agent.expectile = args.expectile if args.online_expectile is None else args.online_expectile
         learn = make_learner(agent, buffer, args, args.offline_ratio, args.utd)
+        # Every episode has a seed of its own: a resumed run needs no simulator's inner state. The first reset
+        # draws what an environment draws once, the goal of an ant maze v0 or v1, in a resumed run too.
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + episode)
         for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
-            action, gain = explore_action(agent, obs_tensor, args, explore_generator)
-            log.add(("o3f/optimism",), gain)
+            action, optimism = explore_action(agent, obs_tensor, args, explore_generator)
+            log.add(("o3f/optimism",), optimism)
             action = action[0].cpu().numpy()
             log.lap("act")
             next_obs, reward, terminated, truncated, info = env.step(action)
@@ -1590,32 +1608,30 @@ def main(args: Args) -> dict:
             # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
-            if args.anneal == "linear" and args.online_expectile is not None:
-                change = args.online_expectile - args.expectile
-                agent.expectile = args.expectile + change * step / args.online_steps
             log.lap("add")
+            if args.anneal == "linear" and args.online_expectile is not None:
+                share = step / args.online_steps
+                agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
             log.add(agent.METRICS, learn())
             log.lap("online update")
             obs, done = next_obs, terminated or truncated
             if done:
                 stats, episode = info["episode"], episode + 1  # of raw rewards
-                score = float(task.score(stats["r"]))
-                log.write("episodes", {"step": step, "return": float(stats["r"]), "score": score,
-                                       "length": int(stats["l"])})
+                values = {"return": float(stats["r"]), "score": float(task.score(stats["r"]))}
+                log.write("episodes", step, values | {"length": int(stats["l"])})
                 obs, _ = env.reset(seed=env_seed + episode)
             keep_books(step, args.online_steps, done)
-    except KeyboardInterrupt:
-        status = "interrupted"
-        if log.sums:
-            phase = "online" if step > 0 else "offline"
-            log.write("metrics", {"step": step, "phase": phase, **log.means(step)})
+
+    finished = step == args.online_steps
+    if not finished:
+        if step < 0 and args.checkpoint_every:
+            checkpoint(step)
+        log.flush(step)  # not part of the checkpoint, and gone again once the run is resumed
         print(log.way_back(), file=sys.stderr)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
     if args.save:
-        write_whole(folder / "agent_final.pt", agent_state(agent, args, rule, step))
-    facts = {"status": status, "last_step": step, "args": asdict(args), "dataset": data_facts}
-    summary = log.finish(facts | provenance(device))
+        write_whole(folder / "agent_final.pt", agent_state(agent, rule, step))
+    facts = {"status": "finished" if finished else "interrupted", "last_step": step, "args": asdict(args)}
+    summary = log.finish(facts | {"dataset": data_facts} | provenance(device))
     scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
     print(f"score: {', '.join(scores)}; files in {folder}")
     return summary
@@ -1635,7 +1651,7 @@ def cli(argv: Optional[list[str]] = None) -> int:
     except OSError as e:  # of a path that cannot be written or read, or a full disk: the message names it
         print(f"error: {e}: choose another --run-dir, or $D4RL_DATASET_DIR for datasets", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before there was anything to finish
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before there was anything to finish
         return 130
 
 
