@@ -13,8 +13,10 @@ An offline objective keeps the policy near its data, so by itself it tries nothi
 is changed at the switch can destroy what was learned. O3F changes only which action is tried.
 
 Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one: there we bootstrap)
-           π policy   Q_j critic j of m   Q̂_j its slow copy   V state value   γ discount   κ expectile
-           β inverse temperature   N, σ, ω candidates, their std, weight of the critics' std
+           π policy   Q_j critic j of m   V state value   Q̂_j, π⁻, Dec⁻ slow copies   γ discount
+           IQL: κ expectile (τ in its paper)   β inverse temperature
+           LAPO: z latent action   Dec(s, z) decoder   λ weight of the minimum over critics
+           N, σ, ω candidates, their std, weight of the critics' std
 
 Examples:  python o3f.py                                         halfcheetah-random-v2, collected on the spot
            python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
@@ -128,7 +130,7 @@ class Args:
     num_candidates: int = 100  # new in O3F
     """N, candidates per step (paper 100); more = greedier towards the critics"""
     sigma: Optional[float] = None  # new in O3F
-    """std of candidates or noise in the +-1 action box (locomotion 0.2, else 0.05); more = bolder"""
+    """std of candidates or noise in the +-1 action box (kitchen, ant maze 0.05, else 0.2); more = bolder"""
     omega: float = 0.0  # new in O3F
     """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
     proposal: Optional[Literal["sample", "mean"]] = None
@@ -162,7 +164,7 @@ class Args:
     subset_size: int = 2
     """target critics that form a target, drawn anew per update (REDQ 2); more = lower values for lambda 1"""
     doubleq_min: Optional[float] = None
-    """lambda, weight of the subset's minimum beside its maximum (ant maze 0.7, else 1); more = pessimistic"""
+    """lambda, weight of the subset's minimum, 1 - it the maximum's (ant maze 0.7, else 1); more = cautious"""
     value_clamp: Optional[Literal["discounted", "once", "none"]] = None
     """limits of V's targets from the rewards seen: r/(1 - gamma), or r itself where it is paid once"""
     latent_dim: Optional[int] = None
@@ -507,6 +509,9 @@ class LAPO(nn.Module):
         torch.minimum(low, scale * rewards.amin(), out=low)
         torch.maximum(high, scale * rewards.amax(), out=high)
 
+    def standardise(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (obs - self.obs_mean) / self.obs_std, (actions - self.act_mean) / self.act_std
+
     def act(self, obs: torch.Tensor, actor: nn.Module, decoder: nn.Module, noisy: bool = False,
             generator: Optional[torch.Generator] = None) -> torch.Tensor:
         """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2) if noisy; standardised, (B, O) -> (B, A)."""
@@ -522,8 +527,9 @@ class LAPO(nn.Module):
         for i, batch in enumerate(batches):
             if i > 0:  # after each batch; after the last one below, as CVAE and policy ask the old copies
                 polyak_(self.qf_target, self.qf, args.tau)
-            obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch[0], batch[3]))
-            batch = Batch(obs, (batch.actions - self.act_mean) / self.act_std, batch[2], next_obs, batch[4])
+            obs, actions = self.standardise(batch.observations, batch.actions)
+            next_obs = (batch.next_observations - self.obs_mean) / self.obs_std
+            batch = Batch(obs, actions, batch.rewards, next_obs, batch.terminations)
             # REDQ: a few of the target critics, drawn on the device, one draw per update for the whole batch.
             members = torch.rand(args.num_critics, device=obs.device).topk(args.subset_size).indices
             values.append(self.update_critics(batch, members))
@@ -558,7 +564,8 @@ class LAPO(nn.Module):
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
-        # CVAE: imitate with weight 0.9 what turned out better than V, with 0.1 the rest.
+        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0 and 0.1 elsewhere. adv is the data's action once, and
+        # the policy's from then on, against V: r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
         with torch.no_grad():
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
             next_q = mixed_q(self.qf_target(next_obs, next_action, members), args.doubleq_min)
@@ -589,8 +596,7 @@ class LAPO(nn.Module):
     @torch.no_grad()
     def q_values(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
         """All critics, or their slow copies: (B, O), (B, A) -> (m, B)."""
-        obs, actions = (obs - self.obs_mean) / self.obs_std, (actions - self.act_mean) / self.act_std
-        return (self.qf_target if target else self.qf)(obs, actions)
+        return (self.qf_target if target else self.qf)(*self.standardise(obs, actions))
 
 
 AGENTS = {"iql": IQL, "lapo": LAPO}
