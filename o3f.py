@@ -564,7 +564,7 @@ class LAPO(nn.Module):
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
-        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0 and 0.1 elsewhere. adv is the data's action once, and
+        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0, else 0.1. adv is the data's action once, and
         # the policy's from then on, against V: r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
         with torch.no_grad():
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
@@ -1157,17 +1157,17 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
     print(reward_check(raw, ends, task, env))
     columns = [data[name] for name in ("observations", "rewards", "next_observations", "terminations")]
-    scale, shift = {"minus_one": (1.0, -1.0), "x100": (100.0, 0.0)}.get(args.reward_transform, (1.0, 0.0))
-    if args.reward_transform == "max":
-        # Where none is positive (the kitchen's satisfied − 4), the largest reward would turn the signs or
-        # be 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
-        rewards, _ = RewardRule(1.0, 0.0, targets)(*columns)
-        scale = 1.0 / max(float(rewards.max() if rewards.max() > 0 else np.abs(rewards).max()), 1e-6)
-    if args.reward_transform == "return_range":
-        if returns.min() == returns.max():
-            raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
-                            "--reward-transform none")
-        scale = 1000.0 / float(np.ptp(returns))
+    rewards, _ = RewardRule(1.0, 0.0, targets)(*columns)
+    # Where no reward is positive (the kitchen's satisfied − 4), dividing by the largest would turn the signs,
+    # or be by 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
+    largest = rewards.max() if rewards.max() > 0 else np.abs(rewards).max()
+    with np.errstate(divide="ignore"):
+        scales = {"return_range": 1000.0 / np.ptp(returns), "max": 1.0 / largest, "x100": 100.0}
+    scale = float(scales.get(args.reward_transform, 1.0))
+    shift = -1.0 if args.reward_transform == "minus_one" else 0.0
+    if not np.isfinite(scale):
+        raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
+                        "--reward-transform none")
     rule = RewardRule(scale, shift, targets)
     data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*columns))
     if args.base == "iql":  # as in its authors' code
@@ -1187,30 +1187,31 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
 
 def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: gym.Env) -> str:
     """One line: do the file and the environment pay the same reward?"""
-    obs, rewards = raw["observations"], raw["rewards"]
+    obs, rewards, env = raw["observations"], raw["rewards"], env.unwrapped
     if task.family == "kitchen":
         episodes = np.split(obs, np.flatnonzero(ends) + 1)
         once = sum(kitchen_done(episode, task.targets).any(0).sum() for episode in episodes)
-        return (f"rewards: {'the same' if rewards.sum() == once else 'NOT the same'}: the file pays "
-                f"{rewards.sum():.0f} in all, the environment would pay {once}, +1 once per sub-task")
-    if task.family == "antmaze":
-        paid, corner = obs[1:, :2][rewards[:-1] > 0], env.unwrapped.goal_cell
-        near = np.linalg.norm(paid - paid.clip(corner, corner + 1.5), axis=1) <= 0.5
-        return (f"rewards: {'the same' if near.all() else 'NOT the same'}: {len(paid)} rows pay, {near.sum()}"
-                " of them within 0.5 m of where the environment may put its goal")
-    if task.family == "other":
+        same = rewards.sum() == once
+        words = f"the file pays {rewards.sum():.0f}, the environment would pay {once}, +1 once per sub-task"
+    elif task.family == "antmaze":
+        paid = obs[1:, :2][rewards[:-1] > 0]
+        near = np.linalg.norm(paid - paid.clip(env.goal_cell, env.goal_cell + 1.5), axis=1) <= 0.5
+        same = near.all()
+        words = f"{len(paid)} rows pay, {near.sum()} of them within 0.5 m of where the goal can be"
+    elif task.family == "locomotion":
+        # An observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
+        errors = []
+        env.reset(seed=0)  # the run seeds it anew
+        for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
+            qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
+            if np.abs(qvel).max() < 10:  # Hopper and Walker2d hide what is faster, it cannot be restored
+                env.set_state(qpos, qvel)
+                errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
+        worst = max(errors, default=np.inf)
+        same, words = worst < 1e-2, f"{len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e}"
+    else:
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
-    # A locomotion observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
-    env, errors = env.unwrapped, []
-    env.reset(seed=0)  # the run seeds it anew
-    for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
-        qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
-        if np.abs(qvel).max() < 10:  # Hopper and Walker2d hide what is faster, it cannot be restored
-            env.set_state(qpos, qvel)
-            errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
-    worst = max(errors, default=float("nan"))
-    return (f"rewards: {'the same' if worst < 1e-2 else 'NOT the same; is this the right file?'} "
-            f"({len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e})")
+    return f"rewards: {'the same' if same else 'NOT the same, is this the right file?'}: {words}"
 
 
 # ==== 9. Evaluation =========================================================================================
@@ -1230,7 +1231,8 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
     args = replace(args, proposal="mean", explore="o3f" if args.eval_action == "optimistic" else "policy")
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
-    with ThreadPool() as pool:  # threads are enough: MuJoCo lets go of Python's lock while it steps
+    # Threads are enough: MuJoCo lets go of Python's lock while it steps.
+    with ThreadPool(torch.get_num_threads()) as pool:
         while len(running):
             obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
             actions, _ = explore_action(agent, obs_tensor, args, generator)

@@ -797,7 +797,8 @@ def test_damaged_files_load_right_or_give_one_line(tmp_path):
             refused += 1
             assert len(str(e)) > 20
         assert time.perf_counter() - start < 10
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 200_000 * (1024 if sys.platform == "darwin" else 1)  # 200 MB: in kB, on a Mac in bytes
     assert 200 < refused < 500
 
 
@@ -1509,7 +1510,7 @@ def test_locomotion_run_end_to_end_and_load(base, tmp_path, monkeypatch, capsys)
               "--eval-episodes", 3, "--hidden-dim", 32, "--base", base]
     run(*common, "--offline-steps", 150, "--online-steps", 250, "--run-dir", tmp_path / "a")
     out = capsys.readouterr().out
-    assert "the same (" in out and "3,000 rows" in out
+    assert "the same: " in out and "3,000 rows" in out
     metrics, episodes, _ = check_run(tmp_path / "a", 150, 250, 50, 100, o3f.get_task("hopper-random-v2"))
     assert len(episodes) > 2
     if base == "lapo":  # offline every update does all parts, online the critics alone learn 20 times a step
@@ -1871,6 +1872,26 @@ def test_not_a_number_stops_the_run(where, tmp_path, monkeypatch, capsys):
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["step"] == {"loss": -70, "observation": 400}[where]
     assert all(torch.isfinite(x).all() for x in saved["agent"].values())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_twice_stops_at_once_and_harms_no_checkpoint(tmp_path):
+    data, folder = tmp_path / "p.hdf5", tmp_path / "run"
+    o3f.collect_random("Pendulum-v1", 500, data)
+    command = pendulum_command("iql", data, folder)
+    command[command.index("--eval-episodes") + 1] = "400"  # the first one has to wait for an evaluation
+    process = subprocess.Popen([sys.executable, str(HERE / "o3f.py"), *command], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert o3f.load_saved([folder / "checkpoint.pt"], "")["step"] < 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
