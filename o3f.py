@@ -1158,8 +1158,8 @@ def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.nda
     print(reward_check(raw, ends, task, env))
     columns = [data[name] for name in ("observations", "rewards", "next_observations", "terminations")]
     rewards, _ = RewardRule(1.0, 0.0, targets)(*columns)
-    # Where no reward is positive (the kitchen's satisfied − 4), dividing by the largest would turn the signs,
-    # or be by 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
+    # Where no reward is positive (the kitchen's satisfied − 4), the largest would turn the signs, or divide
+    # by 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
     largest = rewards.max() if rewards.max() > 0 else np.abs(rewards).max()
     with np.errstate(divide="ignore"):
         scales = {"return_range": 1000.0 / np.ptp(returns), "max": 1.0 / largest, "x100": 100.0}
@@ -1208,7 +1208,8 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
                 env.set_state(qpos, qvel)
                 errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
         worst = max(errors, default=np.inf)
-        same, words = worst < 1e-2, f"{len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e}"
+        same = worst < 1e-2
+        words = f"{len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e}"
     else:
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
     return f"rewards: {'the same' if same else 'NOT the same, is this the right file?'}: {words}"
