@@ -77,7 +77,7 @@ class Args:
     seed: int = 0
     """seeds four independent streams: learning, exploration, training environment, evaluation"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where networks and replay buffer live; auto: cuda, else mps, else cpu"""
+    """where networks and replay buffer live; auto: cuda where there is one, else cpu"""
     deterministic: bool = False
     """on CUDA, choose kernels that repeat to the last bit, slower; a CPU's always do"""
     compile: bool = False
@@ -224,14 +224,14 @@ def resolve(args: Args, family: str) -> Args:
         low, high = LIMITS.get(name, (0, 1e9))
         if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
-    foreign = {"iql": "doubleq_min value_clamp latent_dim",
-               "lapo": "expectile online_expectile beta actor_dropout"}
-    for name in foreign[args.base].split():
-        if getattr(args, name) is not None:
+    iql = "expectile online_expectile anneal beta exp_adv_max actor_dropout"
+    lapo = "subset_size doubleq_min value_clamp latent_dim max_latent latent_noise kl_weight good_weight"
+    for name in {"iql": lapo, "lapo": iql}.get(args.base, "").split():
+        if getattr(args, name) != getattr(Args(), name):
             raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}, leave it out")
     if args.online_expectile is not None and args.cuda_graph:
         raise UserError("--online-expectile: not with --cuda-graph, which would freeze kappa")
-    if args.subset_size > args.num_critics:
+    if args.base == "lapo" and args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than --num-critics {args.num_critics}")
     return args
 
@@ -1254,7 +1254,7 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
 
 
 # ==== 10. Files =============================================================================================
-VERSION = 1  # of saved files
+VERSION = 2  # of saved files
 
 
 def write_whole(path: Path, state: dict, keep: Optional[Path] = None) -> None:
@@ -1291,7 +1291,8 @@ def load_saved(paths: list[Path], flag: str) -> dict:
 def agent_state(agent: Base, rule: RewardRule, step: int) -> dict:
     """Networks, targets, optimiser and what another run must share with them, as tensors and plain values."""
     names = ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "latent_dim")
-    identity = {name: getattr(agent.args, name) for name in names} | dict(scale=rule.scale, shift=rule.shift)
+    identity = {name: getattr(agent.args, name) for name in names}
+    identity |= {"reward scale": rule.scale, "reward shift": rule.shift}
     return {"version": VERSION, "step": step, "args": asdict(agent.args), "identity": identity,
             "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
 
@@ -1299,7 +1300,8 @@ def agent_state(agent: Base, rule: RewardRule, step: int) -> dict:
 def put_agent(saved: dict, agent: Base, rule: RewardRule, flag: str) -> None:
     """Restore an agent in place. Raises: UserError where it is of another task, base, size or reward."""
     for name, now in agent_state(agent, rule, 0)["identity"].items():
-        if (then := saved["identity"].get(name)) != now:
+        then = saved["identity"].get(name)
+        if then != now and not (name[:6] == "reward" and np.isclose(then, now)):
             raise UserError(f"{flag}: trained with {name} {then}, this run has {now}: change one of them")
     agent.load_state_dict(saved["agent"])
     agent.optimizer.load_state_dict(saved["optimizer"])
@@ -1320,9 +1322,9 @@ class RunLog:
         if args.track:
             wandb = importlib.import_module("wandb")
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
-        saved = saved or {"step": None, "rows": {}, "sums": {}, "seconds": {}, "laps": {}}
+        saved = saved or {"next_step": None, "rows": {}, "sums": {}, "seconds": {}, "laps": {}}
         self.folder, self.sums = folder, saved["sums"]
-        self.board = SummaryWriter(str(folder), purge_step=saved["step"] and saved["step"] + 1)
+        self.board = SummaryWriter(str(folder), purge_step=saved["next_step"])
         self.seconds, self.laps = Counter(saved["seconds"]), Counter(saved["laps"])
         self.last_lap = time.perf_counter()
         columns = {"metrics": ["step", "phase", *EVALS, *metrics],
@@ -1353,15 +1355,14 @@ class RunLog:
         """The same values. Raises: UserError where one is no number: the run is lost from there."""
         for name, value in values.items():
             if not np.isfinite(value):
-                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; "
-                                f"{self.way_back()}; or try a lower --learning-rate")
+                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; the "
+                                f"last good state is in {self.folder}, --load it with a lower --learning-rate")
         return values
 
     def way_back(self) -> str:
         """What to say when a run stops before its end."""
-        if not (self.folder / "checkpoint.pt").exists():
-            return "no checkpoint was due yet (--checkpoint-every)"
-        return f"--resume {self.folder} goes on from its last checkpoint"
+        exists = (self.folder / "checkpoint.pt").exists()
+        return f"--resume {self.folder} goes on from its checkpoint" if exists else "there is no checkpoint"
 
     def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
         """Sum metrics, values (len(names),), without leaving their device."""
@@ -1405,20 +1406,21 @@ def plot(folders: list[Path], path: Path) -> str:
     over the evaluation's episodes. Area is the mean score of the online phase. Raises: UserError.
     """
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-    own = "seed run_dir load save device track checkpoint_every compile cuda_graph deterministic".split()
-    groups, names = {}, ("eval/score", "eval/score_std")
+    own = "seed run_dir load save device track log_every checkpoint_every compile cuda_graph".split()
+    groups, columns = {}, ("eval/score", "eval/score_std")
     for folder in folders:
         try:
             config = json.loads((folder / "config.json").read_text())
             rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-            curve = {int(row["step"]): [float(row[name]) for name in names] for row in rows if row[names[0]]}
+            curve = {int(row["step"]): [float(row[x]) for x in columns] for row in rows if row[columns[0]]}
             curve[0]
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"--plot {folder}: no run with an evaluation at step 0 ({e!r})") from e
         config = {name: value for name, value in config.items() if name not in own}
         groups.setdefault(json.dumps(config), []).append(curve)
     configs = [json.loads(key) for key in groups]
-    differ = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
+    names = {name: None for config in configs for name in config}
+    differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes, rng = figure.subplots(), np.random.default_rng(0)
     table = "| runs | seeds | offline | final | best | area | episodes |\n|---|---|---|---|---|---|---|\n"
@@ -1461,8 +1463,9 @@ def heed_signals():
 
     def note(signum, frame):
         seen.append(signum)
-        signal.signal(signum, signal.default_int_handler)
-        print("\nfinishing this step, then the files; once more stops at once", file=sys.stderr)
+        for either in before:
+            signal.signal(either, signal.default_int_handler)
+        os.write(2, b"\nfinishing this step, then the files; once more stops at once\n")  # print may be busy
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1483,7 +1486,10 @@ def main(args: Args) -> dict:
     task = get_task(args.env_id)
     args = resolve(args, task.family)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    device = torch.device(found if args.device == "auto" else args.device)
+    auto = "cuda" if found == "cuda" else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if args.dataset not in ("", "random"):  # a run may be resumed from another folder
+        args = replace(args, dataset=str(Path(args.dataset).absolute()))
     args = replace(args, device=device.type)
     compilers = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
@@ -1531,7 +1537,7 @@ def main(args: Args) -> dict:
             raise UserError(f"{flag}: {data_facts['file']} has changed: put back the file whose sha256 is "
                             f"{saved['sha256']}")
         put_agent(saved, agent, rule, flag)
-        first, episode = saved["step"] + 1, saved["episode"]
+        first, episode = saved["next_step"], saved["episode"]
         buffer.restore(saved["online_rows"], saved["cursor"])
         explore_generator.set_state(saved["explore_state"])
         learning.set_rng_state(saved["learning_state"])
@@ -1547,14 +1553,16 @@ def main(args: Args) -> dict:
         results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
         log.write("metrics", step, results)
         log.lap("evaluation")
-        tqdm.write("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
-                   "discounted return {:.1f}; success {:.0%}".format(phase, step, *results.values()))
+        success = "; success {:.0%}" if task.family in ("kitchen", "antmaze") else ""
+        tqdm.write(("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
+                    "discounted return {:.1f}" + success).format(phase, step, *results.values()))
 
     def checkpoint(step: int) -> None:
         """All that a resumed run needs; online only between episodes, when no simulator is in mid-air."""
-        log.means(step)  # raises where training has diverged: what is saved is sound
+        log.means(step)  # raises where training has diverged
+        log.sound(step, {"a weight": sum(p.sum() for p in agent.parameters()).item()})  # what is saved is sound
         state = agent_state(agent, rule, step) | {
-            "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
+            "next_step": step + 1, "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
             "explore_state": explore_generator.get_state(), "learning_state": learning.get_rng_state(),
             "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
             "seconds": dict(log.seconds), "laps": dict(log.laps)}
@@ -1588,11 +1596,13 @@ def main(args: Args) -> dict:
             log.add(agent.METRICS, learn())
             log.lap("offline update")
             keep_books(step, last=0)
-        if first == 1 and not saved:
+        if first == 1 and not (saved or signals):
             evaluation(0)
-        if first <= 1 and step == 0:
+        if first <= 1 and step == 0 and not signals:
             if args.save and not args.load:
                 write_whole(folder / "agent_offline.pt", agent_state(agent, rule, 0))
+            if args.checkpoint_every:
+                checkpoint(0)
             if args.reset_optimizer:
                 agent.optimizer = make_optimizer(agent)
 
@@ -1612,7 +1622,7 @@ def main(args: Args) -> dict:
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
                 raise UserError(f"the environment gave NaN or inf at step {step} (reward {reward}): unstable "
-                                f"simulation; {log.way_back()}")
+                                f"simulation; the last good state is in {folder}, for --load")
             log.lap("environment")
             # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
@@ -1633,21 +1643,21 @@ def main(args: Args) -> dict:
 
     finished = step == args.online_steps
     if not finished:
-        if step < 0 and args.checkpoint_every:
+        if step <= 0 and args.checkpoint_every:
             checkpoint(step)
         log.flush(step)  # not part of the checkpoint, and gone again once the run is resumed
         print(log.way_back(), file=sys.stderr)
-    if args.save:
-        write_whole(folder / "agent_final.pt", agent_state(agent, rule, step))
     facts = {"status": "finished" if finished else "interrupted", "last_step": step, "args": asdict(args)}
     summary = log.finish(facts | {"dataset": data_facts} | provenance(device))
+    if args.save:
+        write_whole(folder / "agent_final.pt", agent_state(agent, rule, step))
     scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
     print(f"score: {', '.join(scores)}; files in {folder}")
     return summary
 
 
 def cli(argv: Optional[list[str]] = None) -> int:
-    """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C or SIGTERM."""
     try:
         args = tyro.cli(Args, args=argv, description=__doc__)
         if args.plot:
@@ -1658,7 +1668,7 @@ def cli(argv: Optional[list[str]] = None) -> int:
         print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
         return 2
     except OSError as e:  # of a path that cannot be written or read, or a full disk: the message names it
-        print(f"error: {e}: choose another --run-dir, or $D4RL_DATASET_DIR for datasets", file=sys.stderr)
+        print(f"error: {e}: is the path right (--run-dir, $D4RL_DATASET_DIR), is there room?", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second Ctrl-C, or one before there was anything to finish
         return 130

@@ -1373,13 +1373,15 @@ BAD_FLAGS = [
     (["--sigma", "nan"], "--sigma nan"),
     (["--num-candidates", "0"], "--num-candidates 0: give a number from 1 to 1e+09"),
     (["--expectile", "1.5"], "--expectile 1.5"),
+    (["--kl-weight", "2"], "--kl-weight: no part of --base iql"),
+    (["--base", "lapo", "--exp-adv-max", "2"], "--exp-adv-max: no part of --base lapo"),
     (["--base", "lapo", "--online-expectile", "0.85"], "--online-expectile: no part of --base lapo"),
     (["--cuda-graph", "--compile"], "--cuda-graph: needs --device cuda"),
     (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda"),
     (["--base", "lapo", "--subset-size", "6"], "--subset-size 6: more than --num-critics 5"),
     (["--offline-ratio", "1.5"], "--offline-ratio 1.5"),
     (["--dataset", "nowhere.hdf5"], "nowhere.hdf5: no such file"),
-    (["--run-dir", "{file}/x", "--dataset", "{good}"], "choose another --run-dir"),
+    (["--run-dir", "{file}/x", "--dataset", "{good}"], "is the path right (--run-dir"),
     (["--run-dir", "{used}", "--dataset", "{good}"], "not empty"),
     (["--load", "{file}", "--dataset", "{good}"], "no whole file of this program"),
     (["--load", "missing.pt", "--dataset", "{good}"], "no whole file of this program"),
@@ -1544,7 +1546,7 @@ def test_saved_agent_acts_identically_and_learns_on_identically(base, tmp_path):
     o3f.write_whole(tmp_path / "x.pt", o3f.agent_state(agent, rule, 0))
     # Another start, and for LAPO another dataset with other statistics: what is saved takes the place of all of it.
     other = make_agent(base=base, dtype=torch.float32, seed=5, data=make_data(30, seed=8))
-    with pytest.raises(o3f.UserError, match="trained with scale 2.0, this run has 1.0"):  # its critics know another reward
+    with pytest.raises(o3f.UserError, match="trained with reward scale 2.0, this run has 1.0"):  # its critics know another reward
         o3f.put_agent(o3f.load_saved([tmp_path / "x.pt"], "--load"), other, o3f.RewardRule(1.0, 0.0, ()), "--load")
     o3f.put_agent(o3f.load_saved([tmp_path / "x.pt"], "--load"), other, rule, "--load")
     assert torch.equal(agent.policy(batch.observations, False), other.policy(batch.observations, False))
@@ -1768,14 +1770,13 @@ def test_resume_from_each_phase_and_what_it_refuses(tmp_path, capsys, monkeypatc
     run(*command)
     monkeypatch.undo()
     steps = [torch.load(io.BytesIO(x), weights_only=True)["step"] for x in stopped]
-    assert steps == [-110, -70, -30, 200, 400, 600]  # offline every 40 updates, online at episodes' ends
-    for k in (0, 3):
+    # Offline every 40 updates, at the switch, online at episodes' ends.
+    assert steps == [-110, -70, -30, 0, 200, 400, 600]
+    for k in (0, 3, 4):
         folder = tmp_path / f"from{k}"
         folder.mkdir()
         (folder / "checkpoint.pt").write_bytes(stopped[k])
         run("--resume", folder)
-        if k:
-            (folder / "agent_offline.pt").write_bytes(b"")  # written before the checkpoint, not again
         same_run(tmp_path / "whole", folder)
 
     def refused(folder, *words):
@@ -1787,9 +1788,9 @@ def test_resume_from_each_phase_and_what_it_refuses(tmp_path, capsys, monkeypatc
     refused(tmp_path / "nowhere", "no whole file")
     folder = tmp_path / "cut"  # cut short: the one before takes its place, and says so
     folder.mkdir()
-    (folder / "checkpoint.pt").write_bytes(stopped[4][: len(stopped[4]) // 2])
+    (folder / "checkpoint.pt").write_bytes(stopped[5][: len(stopped[5]) // 2])
     refused(folder, "checkpoint.pt is no whole file")
-    (folder / "checkpoint_previous.pt").write_bytes(stopped[3])
+    (folder / "checkpoint_previous.pt").write_bytes(stopped[4])
     capsys.readouterr()
     run("--resume", folder)
     assert "going on from checkpoint_previous.pt, step 200" in capsys.readouterr().out
@@ -1798,7 +1799,7 @@ def test_resume_from_each_phase_and_what_it_refuses(tmp_path, capsys, monkeypatc
     old = torch.load(io.BytesIO(stopped[0]), weights_only=True) | {"version": 0}
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old/checkpoint.pt")
-    refused(tmp_path / "old", "of version 0, not 1")
+    refused(tmp_path / "old", "of version 0, not 2")
     assert o3f.cli(["--resume", str(folder), "--sigma", "0.1"]) == 2
     assert "drop the others" in capsys.readouterr().err
     content = data.read_bytes()
@@ -1814,7 +1815,7 @@ def test_resume_from_each_phase_and_what_it_refuses(tmp_path, capsys, monkeypatc
             return (os.system, (f"touch {tmp_path}/ran",))
 
     (tmp_path / "evil").mkdir()
-    torch.save({"version": 1, "args": Evil()}, tmp_path / "evil/checkpoint.pt")
+    torch.save({"version": 2, "args": Evil()}, tmp_path / "evil/checkpoint.pt")
     refused(tmp_path / "evil", "no whole file")
     assert not (tmp_path / "ran").exists()  # a stranger's file runs no code
 
@@ -1834,11 +1835,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(tmp_path, monk
     monkeypatch.setattr(torch, "save", full_disk)
     folder = tmp_path / "run"
     run(*pendulum_command("iql", data, folder)[:-2], "--run-dir", folder, "--no-save", "--online-steps", 0)
-    assert saves == [-110, -70, -30] and "no checkpoint at step -70" in capsys.readouterr().out
+    assert saves == [-110, -70, -30, 0] and "no checkpoint at step -70" in capsys.readouterr().out
     monkeypatch.undo()
     names = sorted(p.name for p in folder.glob("*.pt*"))
     assert names == ["checkpoint.pt", "checkpoint_previous.pt"]
-    assert [torch.load(folder / name, weights_only=True)["step"] for name in names] == [-30, -110]
+    assert [torch.load(folder / name, weights_only=True)["step"] for name in names] == [0, -30]
 
 
 @pytest.mark.parametrize("where", ["loss", "observation"])
@@ -1868,7 +1869,7 @@ def test_not_a_number_stops_the_run(where, tmp_path, monkeypatch, capsys):
     assert o3f.cli([*pendulum_command("iql", data, tmp_path / "run"), "--eval-every", str(eval_every)]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     words = {"loss": "losses/vf is nan by step -49", "observation": "NaN or inf at step 501"}[where]
-    assert len(err) == 1 and "--resume" in err[0] and words in err[0]
+    assert len(err) == 1 and "--load" in err[0] and words in err[0]
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["step"] == {"loss": -70, "observation": 400}[where]
     assert all(torch.isfinite(x).all() for x in saved["agent"].values())
