@@ -1356,7 +1356,7 @@ class RunLog:
         for name, value in values.items():
             if not np.isfinite(value):
                 raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; the "
-                                f"last good state is in {self.folder}, --load it with a lower --learning-rate")
+                                f"last good agent is in {self.folder}: --load it, lower --learning-rate")
         return values
 
     def way_back(self) -> str:
@@ -1560,9 +1560,11 @@ def main(args: Args) -> dict:
     def checkpoint(step: int) -> None:
         """All that a resumed run needs; online only between episodes, when no simulator is in mid-air."""
         log.means(step)  # raises where training has diverged
-        log.sound(step, {"a weight": sum(p.sum() for p in agent.parameters()).item()})  # what is saved is sound
+        # ... or where a weight is no number: what is saved is sound.
+        log.sound(step, {"the sum of weights": sum(p.sum() for p in agent.parameters()).item()})
         state = agent_state(agent, rule, step) | {
-            "next_step": step + 1, "episode": episode, "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
+            "next_step": step + 1, "episode": episode,
+            "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
             "explore_state": explore_generator.get_state(), "learning_state": learning.get_rng_state(),
             "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
             "seconds": dict(log.seconds), "laps": dict(log.laps)}
@@ -1668,7 +1670,7 @@ def cli(argv: Optional[list[str]] = None) -> int:
         print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
         return 2
     except OSError as e:  # of a path that cannot be written or read, or a full disk: the message names it
-        print(f"error: {e}: is the path right (--run-dir, $D4RL_DATASET_DIR), is there room?", file=sys.stderr)
+        print(f"error: {e}: is the path right (--run-dir, $D4RL_DATASET_DIR)? any room?", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a second Ctrl-C, or one before there was anything to finish
         return 130
