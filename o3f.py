@@ -141,6 +141,8 @@ class Args:
     """clip candidates to +-1 before they are scored, executed and stored (paper silent)"""
     utd: Optional[int] = None
     """updates per environment step (IQL 1, LAPO 20: its critics only); more = learns faster, less stable"""
+    overlap: bool = False
+    """ours: update while the environment steps, without its transition; for GPUs, nothing on a CPU"""
     reset_optimizer: bool = False
     """forget Adam's moments at the switch to online (paper silent; ours: they carry over)"""
     buffer_size: Optional[int] = None
@@ -1621,6 +1623,9 @@ def main(args: Args) -> dict:
             log.add(("o3f/optimism",), optimism)
             action = action[0].cpu().numpy()
             log.lap("act")
+            if args.overlap:  # a GPU's work is only launched here, and goes on while MuJoCo steps
+                log.add(agent.METRICS, learn())
+                log.lap("online update")
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
                 raise UserError(f"the environment gave NaN or inf at step {step} (reward {reward}): unstable "
@@ -1633,8 +1638,9 @@ def main(args: Args) -> dict:
             if args.anneal == "linear" and args.online_expectile is not None:
                 share = step / args.online_steps
                 agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
-            log.add(agent.METRICS, learn())
-            log.lap("online update")
+            if not args.overlap:
+                log.add(agent.METRICS, learn())
+                log.lap("online update")
             obs, done = next_obs, terminated or truncated
             if done:
                 stats, episode = info["episode"], episode + 1  # of raw rewards

@@ -1584,7 +1584,7 @@ def test_open_choices_run(tmp_path):
     o3f.collect_random("Pendulum-v1", 500, data)
     first = run_metrics(tmp_path, "a", data)
     variants = (["--reset-optimizer"], ["--rank-critics", "target"], ["--proposal", "mean"], ["--no-clip-candidates"],
-                ["--utd", 2], ["--offline-ratio", 0.5], ["--omega", 1], ["--buffer-size", 510])
+                ["--utd", 2], ["--overlap"], ["--offline-ratio", 0.5], ["--omega", 1], ["--buffer-size", 510])
     for i, flags in enumerate(variants):
         rows = run_metrics(tmp_path, f"v{i}", data, *flags)
         assert len(rows) == len(first) and rows != first, flags
