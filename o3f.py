@@ -50,7 +50,6 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Optional, Union
 
@@ -1234,21 +1233,18 @@ def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, arg
     args = replace(args, proposal="mean", explore="o3f" if args.eval_action == "optimistic" else "policy")
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
-    # Threads are enough: MuJoCo lets go of Python's lock while it steps.
-    with ThreadPool(torch.get_num_threads()) as pool:
-        while len(running):
-            obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
-            actions, _ = explore_action(agent, obs_tensor, args, generator)
-            q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
-            pairs = zip(running, actions.cpu().numpy())
-            steps = pool.starmap(lambda i, action: envs[i].step(action)[:4], pairs)
-            next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
-            train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
-            obs[running] = next_obs
-            returns[running] += rewards
-            discounted[running] += args.gamma ** lengths[running] * train_rewards
-            lengths[running] += 1
-            running = running[~(terminated | truncated)]
+    while len(running):
+        obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
+        actions, _ = explore_action(agent, obs_tensor, args, generator)
+        q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
+        steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
+        next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
+        train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
+        obs[running] = next_obs
+        returns[running] += rewards
+        discounted[running] += args.gamma ** lengths[running] * train_rewards
+        lengths[running] += 1
+        running = running[~(terminated | truncated)]
     scores = task.score(returns)
     success = (scores >= 100.0).mean()  # the goal of a maze, all sub-tasks of a kitchen
     values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean(), success
