@@ -1614,6 +1614,9 @@ def main(args: Args) -> dict:
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + episode)
         for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
+            if args.anneal == "linear" and args.online_expectile is not None:
+                share = step / args.online_steps
+                agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
             action, optimism = explore_action(agent, obs_tensor, args, explore_generator)
             log.add(("o3f/optimism",), optimism)
@@ -1631,9 +1634,6 @@ def main(args: Args) -> dict:
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
             log.lap("add")
-            if args.anneal == "linear" and args.online_expectile is not None:
-                share = step / args.online_steps
-                agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
             if not args.overlap:
                 log.add(agent.METRICS, learn())
                 log.lap("online update")
