@@ -1400,8 +1400,9 @@ class RunLog:
 def plot(folders: list[Path], path: Path) -> str:
     """Draw runs' curves to a file, grouped by configuration; returns their table in Markdown.
 
-    Per group: the mean over seeds, with its 95 % bootstrap interval; of a single run, one standard deviation
-    over the evaluation's episodes. Area is the mean score of the online phase. Raises: UserError.
+    Figure, per group: the mean over seeds, with its 95 % bootstrap interval; of a single run, one standard
+    deviation over the evaluation's episodes. Table: means, and in brackets every run's own number, by seed;
+    area is the mean score of the online phase. Raises: UserError.
     """
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
     own = "seed run_dir load save device track log_every checkpoint_every compile cuda_graph".split()
@@ -1414,15 +1415,16 @@ def plot(folders: list[Path], path: Path) -> str:
             curve[0]
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"--plot {folder}: no run with an evaluation at step 0 ({e!r})") from e
-        config = {name: value for name, value in config.items() if name not in own}
-        groups.setdefault(json.dumps(config), []).append(curve)
+        key = json.dumps({name: value for name, value in config.items() if name not in own})
+        groups.setdefault(key, []).append((config["seed"], curve))
     configs = [json.loads(key) for key in groups]
     names = {name: None for config in configs for name in config}
     differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes, rng = figure.subplots(), np.random.default_rng(0)
     table = "| runs | seeds | offline | final | best | area | episodes |\n|---|---|---|---|---|---|---|\n"
-    for config, curves in zip(configs, groups.values()):
+    for config, runs in zip(configs, groups.values()):
+        seeds, curves = zip(*sorted(runs, key=lambda run: run[0]))
         steps = np.array(sorted(set.intersection(*map(set, curves))))  # evaluated in every run of the group
         scores, stds = np.array([[curve[step] for step in steps] for curve in curves]).transpose(2, 0, 1)
         mean = scores.mean(0)
@@ -1431,11 +1433,13 @@ def plot(folders: list[Path], path: Path) -> str:
         label = ", ".join(f"{name} {config.get(name)}" for name in differ or ("env_id", "base", "explore"))
         (line,) = axes.plot(steps, mean, ".-", label=label)
         axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
-        x, y = steps[steps >= 0], mean[steps >= 0]
-        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if x[-1] else y[0]
-        values = (y[0], y[-1], y.max(), area)
-        table += f"| {label} | {len(curves)} | " + " | ".join(f"{value:.1f}" for value in values)
-        table += f" | {config['eval_episodes']} |\n"
+        x, y = steps[steps >= 0], scores[:, steps >= 0]  # (evaluations,), (runs, evaluations)
+        area = ((y[:, 1:] + y[:, :-1]) / 2 * np.diff(x)).sum(1) / x[-1] if x[-1] else y[:, 0]
+        cells = [", ".join(map(str, seeds))]
+        for values in (y[:, 0], y[:, -1], y.max(1), area):
+            each = ", ".join(f"{value:.1f}" for value in values)
+            cells.append(f"{values.mean():.1f} ({each})" if len(curves) > 1 else each)
+        table += f"| {label} | {' | '.join(cells)} | {config['eval_episodes']} |\n"
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score")
     axes.legend(frameon=False, fontsize="small")

@@ -1627,11 +1627,12 @@ def test_plot_groups_runs_and_prints_their_table(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", 0, {-100: 1.0, 0: 10.0, 100: 30.0, 300: 50.0}, explore="o3f")
     write_run(tmp_path / "b", 1, {-100: 3.0, 0: 20.0, 100: 20.0, 300: 90.0}, explore="o3f", save=False)
     write_run(tmp_path / "c", 0, {0: 10.0, 100: 12.0, 300: 8.0}, explore="noise")
-    assert o3f.cli(["--plot", "a", "b", "c"]) == 0
+    assert o3f.cli(["--plot", "b", "a", "c"]) == 0  # seeds in order, whatever the order of folders
     lines = capsys.readouterr().out.splitlines()
-    # o3f: means 15, 25, 70; area (100·20 + 200·47.5)/300. noise: 10, 12, 8; area (100·11 + 200·10)/300.
-    assert "| explore o3f | 2 | 15.0 | 70.0 | 70.0 | 38.3 | 10 |" in lines
-    assert "| explore noise | 1 | 10.0 | 8.0 | 12.0 | 10.3 | 10 |" in lines
+    # Areas by the trapezoid rule over 300 steps, e.g. the first: (100·(10 + 30)/2 + 200·(30 + 50)/2)/300 = 33.3.
+    assert ("| explore o3f | 0, 1 | 15.0 (10.0, 20.0) | 70.0 (50.0, 90.0) | 70.0 (50.0, 90.0) | 38.3 (33.3, 43.3)"
+            " | 10 |") in lines
+    assert "| explore noise | 0 | 10.0 | 8.0 | 12.0 | 10.3 | 10 |" in lines
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "d").mkdir()
     assert o3f.cli(["--plot", "a", "d"]) == 2
