@@ -7,7 +7,7 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
                       c_i ~ N(a, σ²I),  i = 1…N                                   # new in O3F
                       a_t = argmax_i  mean_j Q_j(s, c_i) + ω·std_j Q_j(s, c_i)    # new in O3F
                       s', r, d ← environment(a_t);   D ← D ∪ {(s, a_t, r, s', d)}
-                      π, Q₁…Q_m ← Update(π, Q, batch of D)              the very same Update
+                      π, Q₁…Q_m ← Update(π, Q, batch of D)     the very same (LAPO: its critics 20×)
 
 An offline objective keeps the policy near its data, so by itself it tries nothing new; an objective that
 is changed at the switch can destroy what was learned. O3F changes only which action is tried.
@@ -88,7 +88,7 @@ class Args:
     resume: str = ""
     """run folder of a killed run: go on from its checkpoint as if nothing had been; without other flags"""
     checkpoint_every: int = 10_000
-    """least steps between checkpoints, both phases, online at an episode's end; 0: none; more = loses more"""
+    """steps between checkpoints (and one at the switch; online at episode ends); 0: none; more = more lost"""
     save: bool = True
     """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
     load: str = ""
@@ -118,7 +118,7 @@ class Args:
     gamma: float = 0.99
     """discount per step (papers 0.99); more = looks further ahead, converges later"""
     tau: float = 0.005
-    """Polyak rate of the target critics per update (papers 0.005); more = faster targets, less stable"""
+    """Polyak rate of all slow copies per update (papers 0.005); more = faster targets, less stable"""
     num_critics: int = 5
     """m, critics in the ensemble (paper 5); more = a lower minimum, a steadier mean, slower"""
     hidden_dim: int = 256
@@ -152,7 +152,7 @@ class Args:
     expectile: Optional[float] = None
     """kappa of IQL Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best action's Q, more over-estimation"""
     online_expectile: Optional[float] = None
-    """the paper's Fig. 3, which argues against it: another kappa online (paper 0.85; None: the same)"""
+    """the paper's Fig. 3: another kappa online (paper 0.85, no clear gain; None: the same); as expectile"""
     anneal: Literal["step", "linear"] = "step"
     """how kappa gets there: at once at the switch, or linearly over the online phase"""
     beta: Optional[float] = None
@@ -173,7 +173,7 @@ class Args:
     max_latent: float = 2.0
     """the policy's limit on |z| (paper 2); more = rarer actions come within reach"""
     latent_noise: float = 0.1
-    """std of the noise on z in V's targets, cut at two std (paper 0.1); more = smoother values"""
+    """std of the noise on z in V's targets and sampled actions, cut at 2 std (paper 0.1); more = smoother"""
     kl_weight: float = 1.0
     """weight of the CVAE's KL (paper 1); more = z says less about the action, all of |z| <= 2 is in use"""
     good_weight: float = 0.9
@@ -189,23 +189,17 @@ class Args:
     """steps between rows of training metrics, each the mean since the last; more = shorter files"""
 
 
-# The papers' values by base, base/family and family; a flag that is given wins. "other", any environment
-# outside D4RL, gets what suits dense rewards. Kitchen rewards are of order 1 as they are.
-DENSE = dict(expectile=0.7, beta=3.0, actor_dropout=0.0, reward_transform="return_range")
+# The papers' values by base, family, base/family: the narrower wins, and a flag that is given wins over all.
+# Locomotion and "other", any environment outside D4RL, have no row: the base's suits dense rewards.
 PRESETS = {
-    "iql": dict(batch_size=256, learning_rate=3e-4, utd=1, proposal="sample"),
-    "iql/locomotion": DENSE,
-    "iql/antmaze": dict(expectile=0.9, beta=10.0, actor_dropout=0.0, reward_transform="minus_one"),
-    "iql/kitchen": dict(expectile=0.7, beta=0.5, actor_dropout=0.1, reward_transform="none"),
-    "iql/other": DENSE,
-    "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", doubleq_min=1.0,
+    "iql": dict(batch_size=256, learning_rate=3e-4, utd=1, proposal="sample", sigma=0.2, expectile=0.7,
+                beta=3.0, actor_dropout=0.0, reward_transform="return_range"),
+    "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
+    "iql/kitchen": dict(beta=0.5, actor_dropout=0.1, reward_transform="none"),  # of order 1 as they are
+    "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", sigma=0.2, doubleq_min=1.0,
                  value_clamp="discounted", reward_transform="max"),
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
-    "locomotion": dict(sigma=0.2),
-    "antmaze": dict(sigma=0.05),
-    "kitchen": dict(sigma=0.05),
-    "other": dict(sigma=0.2),
-}
+    "antmaze": dict(sigma=0.05), "kitchen": dict(sigma=0.05)}
 COUNTS = "num_candidates num_critics subset_size batch_size hidden_dim latent_dim utd eval_episodes"
 SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
 LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES.split(), (0, 1))
@@ -218,7 +212,7 @@ class UserError(Exception):
 
 def resolve(args: Args, family: str) -> Args:
     """Fill None from PRESETS and check LIMITS. Raises: UserError naming flag, value and what is expected."""
-    for key in (f"{args.base}/{family}", args.base, family):  # the narrower one first
+    for key in (f"{args.base}/{family}", family, args.base):  # the narrower one first
         preset = PRESETS.get(key, {})
         args = replace(args, **{name: v for name, v in preset.items() if getattr(args, name) is None})
     for name, value in asdict(args).items():
@@ -275,7 +269,7 @@ class Critics(nn.Module):
         self.m, self.net = m, mlp([obs_dim + act_dim, *hidden, 1], linear, orthogonal=orthogonal)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor, members: Optional[torch.Tensor] = None):
-        """members: indices (k,) on the device of the only critics to ask, at k/m of the cost: -> (k, B)."""
+        """members: the only critics to ask, indices (k,) on their device, at k/m of the cost: -> (k, B)."""
         k = self.m if members is None else len(members)
         x = torch.cat([obs, actions], -1).expand(k, -1, -1)  # (k, B, O + A), a view: no copies
         if members is None:
@@ -300,7 +294,7 @@ class GaussianActor(nn.Module):
 def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
     """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V."""
     # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
-    # the mean of Q over the data's actions, near the best of them, without querying any action outside.
+    # the mean of Q over the data's actions, near the best as κ → 1, without asking about other actions.
     return ((expectile - (u < 0).to(u.dtype)).abs() * u**2).mean()
 
 
@@ -317,11 +311,13 @@ def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
     """IQL Eq. 7: min(exp(β·(Q − V)), limit), (B,). β = 0 gives 1 everywhere: plain cloning."""
+    # The best π near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A): cloning fits it.
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
 
 
 def mixed_q(q: torch.Tensor, doubleq_min: float) -> torch.Tensor:
     """LAPO's λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,). λ = 1 is the plain minimum."""
+    # Whoever maximises over Q finds its over-estimates; a target that errs downwards stops that.
     return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
 
 
@@ -338,7 +334,7 @@ def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 # ==== 4. The optimistic action ==============================================================================
 @torch.no_grad()
-def optimistic_action(  # new in O3F: this function is all that the paper adds to its base algorithm
+def optimistic_action(  # new in O3F: with five critics, all that the paper adds to its base
     obs: torch.Tensor, action: torch.Tensor, q_ensemble: Callable, num_candidates: int, sigma: float,
     omega: float, clip: bool = True, generator: Optional[torch.Generator] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,6 +354,7 @@ def optimistic_action(  # new in O3F: this function is all that the paper adds t
     score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2; this std divides by m, not m − 1
     best = score.argmax(1, keepdim=True)  # new in O3F: a_t, as an index (B, 1) on the device
     chosen = candidates.gather(1, best[..., None].expand(B, 1, A)).squeeze(1)
+    # The average candidate is what --explore noise executes: this is what the choice claims to gain over it.
     return chosen, q_mean.gather(1, best).squeeze(1) - q_mean.mean(1)
 
 
@@ -424,13 +421,14 @@ class IQL(nn.Module):
             v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,), (B,)
             adv = target_q - v
             weight = advantage_weights(adv, args.beta, args.exp_adv_max)
+            # No max over a': V(s') stands in for it, so that no action outside the data is asked about.
             target = td_target(rewards, ends, next_v, args.gamma)
 
         # Actor: −min(exp(β·adv), limit)·log π(a|s), imitation that favours what beat V (IQL Eq. 7).
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks wait for a GPU
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks stall a GPU
         actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
         # Critics: every one regresses on the same r + γ(1 − d)·V(s') (IQL Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
@@ -487,8 +485,7 @@ class LAPO(nn.Module):
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.decoder_target = copy.deepcopy(self.decoder).requires_grad_(False)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        # Buffers: saved with the agent. The statistics are the dataset's and stay, online too: if they moved,
-        # everything learned so far would mean something else.
+        # Buffers: saved with the agent. The dataset's statistics stay: what is learned is in their units.
         for name, x in (("obs", data["observations"]), ("act", data["actions"])):
             mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
             std = np.where(std < 1e-6, 1.0, std + 1e-6)  # a constant (a kitchen's goal) stays harmless
@@ -501,8 +498,8 @@ class LAPO(nn.Module):
         """Widen V's limits to what these rewards allow, in place on the device.
 
         No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid once, at
-        the end, not more than r. Ours: 0, V after an end, is always within (the kitchen's data, max r = −1,
-        would put V at −100 or less, however near the end is). What is seen online must widen the limits, or
+        the end, not more than r. Ours: 0, V after an end, is always within (a kitchen's −1 ≤ r ≤ −¼
+        would hold V at −25 or less, however near the end is). What is seen online must widen the limits, or
         the value of a policy better than the data would be cut off.
         """
         scale = 1.0 / max(1.0 - self.args.gamma, 1e-6) if self.args.value_clamp == "discounted" else 1.0
@@ -531,7 +528,8 @@ class LAPO(nn.Module):
             obs, actions = self.standardise(batch.observations, batch.actions)
             next_obs = (batch.next_observations - self.obs_mean) / self.obs_std
             batch = Batch(obs, actions, batch.rewards, next_obs, batch.terminations)
-            # REDQ: a few of the target critics, drawn on the device, one draw per update for the whole batch.
+            # REDQ: a few of the target critics, one draw per update for the whole batch: where the largest of
+            # m uniform draws are, k different places without a loop and without leaving the device.
             members = torch.rand(args.num_critics, device=obs.device).topk(args.subset_size).indices
             values.append(self.update_critics(batch, members))
         metrics = torch.cat([torch.stack(values).mean(0), self.update_policy(batch, members)])
@@ -545,7 +543,7 @@ class LAPO(nn.Module):
         args = self.args
         with torch.no_grad():
             # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of the slow
-            # policy: V is the value of the latent policy, where IQL's is that of the data's best.
+            # policy: V is the value of the latent policy; IQL's, that of the data's better actions.
             target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), args.gamma)
             policy_action = self.act(obs, self.actor_target, self.decoder_target, noisy=True)
             v_target = mixed_q(self.qf_target(obs, policy_action, members), args.doubleq_min)  # (B,)
@@ -571,9 +569,10 @@ class LAPO(nn.Module):
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
             next_q = mixed_q(self.qf_target(next_obs, next_action, members), args.doubleq_min)
             adv = td_target(rewards, ends, next_q, args.gamma) - self.vf(obs).squeeze(-1)
-            weight = (args.good_weight - (adv <= 0).to(adv.dtype)).abs()  # (B,)
+            weight = (args.good_weight - (adv <= 0).to(adv.dtype)).abs()  # (B,), 0.9 or |0.9 − 1|
         mean, log_var = self.encoder(torch.cat([obs, actions], -1)).chunk(2, -1)  # (B, Z) each
-        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # so that gradients reach mean and log_var
+        # Σ(â − a)² is −log N(a; â, ½·I) + const: with the KL, the negative ELBO of a VAE.
         error = ((self.decoder(torch.cat([obs, z], -1)) - actions) ** 2).sum(-1)  # (B,)
         kl = kl_to_standard_normal(mean, log_var)
         cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
@@ -641,10 +640,6 @@ class ReplayBuffer:
         self.cursor += 1
         self.size = max(self.size, self.cursor)
         self.device_size.fill_(self.size)
-
-    def online_rows(self) -> torch.Tensor:
-        """The rows that a checkpoint must hold, (n, 2·O + A + 2); the dataset is in its file."""
-        return self.rows[self.num_offline : self.size].clone()
 
     def restore(self, online_rows: torch.Tensor, cursor: int) -> None:
         self.size, self.cursor = self.num_offline + len(online_rows), cursor
@@ -822,8 +817,7 @@ KITCHEN_GOALS = {
     "bottom burner": ([11, 12], [-0.88, -0.01]), "top burner": ([15, 16], [-0.92, -0.01]),
     "light switch": ([17, 18], [-0.69, -0.05]), "slide cabinet": ([19], [0.37]),
     "hinge cabinet": ([20, 21], [0.0, 1.45]), "microwave": ([22], [-0.75]),
-    "kettle": ([23, 24, 25, 26, 27, 28, 29], [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06]),
-}
+    "kettle": ([23, 24, 25, 26, 27, 28, 29], [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06])}
 
 
 def kitchen_done(obs: np.ndarray, targets: tuple[str, ...]) -> np.ndarray:
@@ -838,7 +832,7 @@ def kitchen_model() -> mujoco.MjModel:
     scene = d4rl_dir() / "kitchen/adept_envs/franka/assets/franka_kitchen_jntpos_act_ab.xml"
     kettle = "../../../adept_models/kitchen/assets/kettle_asset.xml"
     # MuJoCo since 3.2 rejects the kettle's named default class at the top level: hand it a file, in memory,
-    # in which the class has an unnamed parent. The compiled model is the same.
+    # in which the class has an unnamed parent. What is compiled is physically the same.
     text = (scene.parent / kettle).read_text().replace("</mujocoinclude>", "</default></mujocoinclude>")
     text = text.replace('<default class="kettle">', '<default><default class="kettle">')
     return mujoco.MjModel.from_xml_path(str(scene), {kettle: text.encode()})
@@ -924,21 +918,16 @@ class AntMazeEnv(MujocoEnv):
         cells = np.array([list(row) for row in rows if row.strip()])  # (rows, columns)
         where = {mark: 4.0 * np.argwhere(cells == mark)[:, ::-1] for mark in "SG#"}  # (k, 2): x and y in m
         self.goal_cell, self.walls = where["G"] - where["S"], where["#"] - where["S"]  # the start is (0, 0)
-        tree = ElementTree.parse(d4rl_dir() / "locomotion/assets/ant.xml")
-        world = tree.find("worldbody")
+        spec = mujoco.MjSpec.from_file(str(d4rl_dir() / "locomotion/assets/ant.xml"))
         for x, y in self.walls:
-            ElementTree.SubElement(world, "geom", type="box", pos=f"{x} {y} 1", size="2 2 1", contype="1",
-                                   conaffinity="1", rgba="0.7 0.5 0.3 1")
+            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 1], size=[2, 2, 1], contype=1,
+                                    conaffinity=1, rgba=[0.7, 0.5, 0.3, 1])
         # For the eye only. A site compiled at 0 would stay there, wherever its pos is moved to.
-        ElementTree.SubElement(world, "site", name="goal", pos="1 1 0", size="0.5", rgba="1 0 0 1")
-        xml = ElementTree.tostring(tree.getroot(), encoding="unicode")
-        super().__init__(mujoco.MjModel.from_xml_string(xml), 29, np.inf, render_mode)
+        spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3, rgba=[1, 0, 0, 1])
+        super().__init__(spec.compile(), 29, np.inf, render_mode)
         centre = (self.walls.min(0) + self.walls.max(0)) / 2
         self.camera = (*centre, 0.0), 5.5 * max(cells.shape[0], 0.75 * cells.shape[1]), 90, -90
         self.goal, self.goal_per_reset = None, task.goal_per_reset
-
-    def _observe(self) -> np.ndarray:
-        return np.concatenate([self.data.qpos, self.data.qvel])
 
     def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
         super().reset(seed=seed)
@@ -948,22 +937,21 @@ class AntMazeEnv(MujocoEnv):
             self.model.site("goal").pos[:2] = self.goal
         qpos = self.model.qpos0 + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         self.put(qpos, 0.1 * self.np_random.standard_normal(self.model.nv))
-        return self._observe(), {}
+        return np.concatenate([self.data.qpos, self.data.qvel]), {}
 
     def step(self, action: np.ndarray):
         low, high = self.model.actuator_ctrlrange.T
         self.data.ctrl[:] = low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (high - low)
         mujoco.mj_step(self.model, self.data, 5)  # 5 steps of 20 ms
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return self._observe(), float(reached), reached, False, {}
+        return np.concatenate([self.data.qpos, self.data.qvel]), float(reached), reached, False, {}
 
 
 # ==== 8. Data ===============================================================================================
 KNOWN_SHA256 = {  # where it has been reported: a download that differs is refused
     "kitchen-mixed-v0": "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
     "kitchen-partial-v0": "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
-    "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
-}
+    "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"}
 
 
 def find_dataset(args: Args) -> Path:
@@ -1003,18 +991,15 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
     part, failures = path.with_name(path.name + ".part"), []
     with open(part, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the file
-        for url in urls:
-            if path.is_file():
-                break
+        while urls and not path.is_file():
+            url, *urls = urls
             try:
                 have = os.fstat(file.fileno()).st_size
                 request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
                 with urllib.request.urlopen(request, timeout=8) as response:
                     if response.status != 206:  # this server starts over
-                        file.truncate(0)
-                        have = 0
-                    length = response.headers.get("Content-Length")
-                    total = have + int(length) if length else None
+                        have = file.truncate(0)
+                    total = have + response.length if response.length else None
                     bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
                     with bar as source:
                         shutil.copyfileobj(source, file, 1 << 20)
@@ -1027,8 +1012,9 @@ def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
                 part.replace(path)
             except (OSError, http.client.HTTPException) as e:  # HTTPError and time-outs are OSErrors
                 failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
-                if getattr(e, "code", None) == 416:  # no rest to fetch: what we have is something else
+                if have and getattr(e, "code", None) == 416:  # no rest to fetch: another file, or all of it
                     file.truncate(0)
+                    urls = [*urls, url]  # once more, from its start
     if part.exists() and (path.is_file() or not part.stat().st_size):
         part.unlink()
     if path.is_file():
@@ -1205,7 +1191,8 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
         env.reset(seed=0)  # the run seeds it anew
         for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
             qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
-            if np.abs(qvel).max() < 10:  # Hopper and Walker2d hide what is faster, it cannot be restored
+            # Hopper and Walker2d hide what is faster than 10: such a state cannot be restored.
+            if np.abs(qvel).max() < 10 or task.gym_id == "HalfCheetah-v4":
                 env.set_state(qpos, qvel)
                 errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
         worst = max(errors, default=np.inf)
@@ -1213,7 +1200,8 @@ def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: 
         words = f"{len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e}"
     else:
         return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
-    return f"rewards: {'the same' if same else 'NOT the same, is this the right file?'}: {words}"
+    hint = "as in D4RL's files, see --kitchen-rewards" if task.targets else "is this the right file?"
+    return f"rewards: {'the same' if same else f'NOT the same, {hint}'}: {words}"
 
 
 # ==== 9. Evaluation =========================================================================================
@@ -1322,25 +1310,23 @@ class RunLog:
             wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
         saved = saved or {"next_step": None, "rows": {}, "sums": {}, "seconds": {}, "laps": {}}
         self.folder, self.sums = folder, saved["sums"]
-        self.board = SummaryWriter(str(folder), purge_step=saved["next_step"])
+        self.board = SummaryWriter(str(folder), purge_step=saved["next_step"], flush_secs=5)
         self.seconds, self.laps = Counter(saved["seconds"]), Counter(saved["laps"])
         self.last_lap = time.perf_counter()
         columns = {"metrics": ["step", "phase", *EVALS, *metrics],
                    "episodes": ["step", "return", "score", "length"]}
         self.rows = {table: saved["rows"].get(table, []) for table in columns}
-        self.csv = {}
-        for table in columns:
-            file = open(folder / f"{table}.csv", "w", 1, newline="")
-            self.csv[table] = csv.DictWriter(file, columns[table])
-            self.csv[table].writeheader()
-            self.csv[table].writerows(self.rows[table])
+        self.csv = {table: csv.DictWriter(open(folder / f"{table}.csv", "w", 1, newline=""), names)
+                    for table, names in columns.items()}
+        for table, writer in self.csv.items():
+            writer.writeheader()
+            writer.writerows(self.rows[table])
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under this name."""
-        now = time.perf_counter()
-        self.seconds[name] += now - self.last_lap
+        self.seconds[name] += time.perf_counter() - self.last_lap
         self.laps[name] += 1
-        self.last_lap = now
+        self.last_lap = time.perf_counter()
 
     def write(self, table: str, step: int, values: dict[str, float]) -> None:
         phase = {"phase": "online" if step > 0 else "offline"} if table == "metrics" else {}
@@ -1353,14 +1339,10 @@ class RunLog:
         """The same values. Raises: UserError where one is no number: the run is lost from there."""
         for name, value in values.items():
             if not np.isfinite(value):
-                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; the "
-                                f"last good agent is in {self.folder}: --load it, lower --learning-rate")
+                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; lower "
+                                f"--learning-rate, --load an earlier agent (if one was saved, it is in "
+                                f"{self.folder})")
         return values
-
-    def way_back(self) -> str:
-        """What to say when a run stops before its end."""
-        exists = (self.folder / "checkpoint.pt").exists()
-        return f"--resume {self.folder} goes on from its checkpoint" if exists else "there is no checkpoint"
 
     def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
         """Sum metrics, values (len(names),), without leaving their device."""
@@ -1412,14 +1394,13 @@ def plot(folders: list[Path], path: Path) -> str:
             config = json.loads((folder / "config.json").read_text())
             rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
             curve = {int(row["step"]): [float(row[x]) for x in columns] for row in rows if row[columns[0]]}
-            curve[0]
-        except (OSError, ValueError, KeyError) as e:
+            curve[0], config["seed"], config["eval_episodes"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"--plot {folder}: no run with an evaluation at step 0 ({e!r})") from e
         key = json.dumps({name: value for name, value in config.items() if name not in own})
         groups.setdefault(key, []).append((config["seed"], curve))
     configs = [json.loads(key) for key in groups]
-    names = {name: None for config in configs for name in config}
-    differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    differ = [name for name in asdict(Args()) if len({str(config.get(name)) for config in configs}) > 1]
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes, rng = figure.subplots(), np.random.default_rng(0)
     table = "| runs | seeds | offline | final | best | area | episodes |\n|---|---|---|---|---|---|---|\n"
@@ -1449,7 +1430,8 @@ def plot(folders: list[Path], path: Path) -> str:
 
 def provenance(device: torch.device) -> dict:
     """Versions, device and commit: what a number needs beside it."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    describe = "describe --always --dirty --abbrev=40 --exclude=*".split()
+    git = ["git", "-C", str(Path(__file__).resolve().parent), *describe]
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     packages = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np, h5py)}
@@ -1488,11 +1470,10 @@ def main(args: Args) -> dict:
     task = get_task(args.env_id)
     args = resolve(args, task.family)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    auto = "cuda" if found == "cuda" else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    args = replace(args, device=args.device.replace("auto", "cuda" if found == "cuda" else "cpu"))
+    device = torch.device(args.device)
     if args.dataset not in ("", "random"):  # a run may be resumed from another folder
         args = replace(args, dataset=str(Path(args.dataset).absolute()))
-    args = replace(args, device=device.type)
     compilers = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
     if not saved:
@@ -1550,23 +1531,13 @@ def main(args: Args) -> dict:
     print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
     last_checkpoint = step = first - 1
 
-    def evaluation(step: int) -> None:
-        phase = "online" if step > 0 else "offline"
-        results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
-        log.write("metrics", step, results)
-        log.lap("evaluation")
-        success = "; success {:.0%}" if task.family in ("kitchen", "antmaze") else ""
-        tqdm.write(("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start {:.1f}, "
-                    "discounted return {:.1f}" + success).format(phase, step, *results.values()))
-
     def checkpoint(step: int) -> None:
         """All that a resumed run needs; online only between episodes, when no simulator is in mid-air."""
-        log.means(step)  # raises where training has diverged
-        # ... or where a weight is no number: what is saved is sound.
+        log.means(step)  # raises where a metric is no number, and the next line where a weight is none
         log.sound(step, {"the sum of weights": sum(p.sum() for p in agent.parameters()).item()})
         state = agent_state(agent, rule, step) | {
             "next_step": step + 1, "episode": episode,
-            "online_rows": buffer.online_rows(), "cursor": buffer.cursor,
+            "online_rows": buffer.rows[buffer.num_offline : buffer.size].clone(), "cursor": buffer.cursor,
             "explore_state": explore_generator.get_state(), "learning_state": learning.get_rng_state(),
             "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
             "seconds": dict(log.seconds), "laps": dict(log.laps)}
@@ -1582,8 +1553,15 @@ def main(args: Args) -> dict:
         if step % args.log_every == 0 or step == last:
             log.flush(step)
         if step % args.eval_every == 0 or step == last:
-            evaluation(step)
-        if at_rest and args.checkpoint_every and step - last_checkpoint >= args.checkpoint_every:
+            results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
+            log.write("metrics", step, results)
+            log.lap("evaluation")
+            phase = "online" if step > 0 else "offline"
+            success = "; success {:.0%}" if task.family in ("kitchen", "antmaze") else ""
+            tqdm.write(("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start "
+                        "{:.1f}, discounted return {:.1f}" + success).format(phase, step, *results.values()))
+        due = step == 0 or step - last_checkpoint >= args.checkpoint_every
+        if at_rest and args.checkpoint_every and due:
             checkpoint(step)
             last_checkpoint = step
 
@@ -1601,25 +1579,22 @@ def main(args: Args) -> dict:
             log.lap("offline update")
             keep_books(step, last=0)
         if first == 1 and not (saved or signals):
-            evaluation(0)
-        if first <= 1 and step == 0 and not signals:
+            keep_books(0, last=0)
+        if step == 0 and not signals:
             if args.save and not args.load:
                 write_whole(folder / "agent_offline.pt", agent_state(agent, rule, 0))
-            if args.checkpoint_every:
-                checkpoint(0)
             if args.reset_optimizer:
                 agent.optimizer = make_optimizer(agent)
 
         # -- online, O3F Algorithm 1: objective, buffer and optimiser carry on --
-        agent.expectile = args.expectile if args.online_expectile is None else args.online_expectile
         learn = make_learner(agent, buffer, args, args.offline_ratio, args.utd)
         # Every episode has a seed of its own: a resumed run needs no simulator's inner state. The first reset
         # draws what an environment draws once, the goal of an ant maze v0 or v1, in a resumed run too.
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + episode)
         for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
-            if args.anneal == "linear" and args.online_expectile is not None:
-                share = step / args.online_steps
+            if args.online_expectile is not None:
+                share = step / args.online_steps if args.anneal == "linear" else 1.0
                 agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
             action, optimism = explore_action(agent, obs_tensor, args, explore_generator)
@@ -1632,7 +1607,7 @@ def main(args: Args) -> dict:
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
                 raise UserError(f"the environment gave NaN or inf at step {step} (reward {reward}): unstable "
-                                f"simulation; the last good state is in {folder}, for --load")
+                                f"simulation; --load an earlier agent (if one was saved, it is in {folder})")
             log.lap("environment")
             # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
@@ -1654,7 +1629,8 @@ def main(args: Args) -> dict:
         if step <= 0 and args.checkpoint_every:
             checkpoint(step)
         log.flush(step)  # not part of the checkpoint, and gone again once the run is resumed
-        print(log.way_back(), file=sys.stderr)
+        way_back = f"--resume {folder} goes on from its checkpoint"
+        print(way_back if (folder / "checkpoint.pt").exists() else "there is no checkpoint", file=sys.stderr)
     facts = {"status": "finished" if finished else "interrupted", "last_step": step, "args": asdict(args)}
     summary = log.finish(facts | {"dataset": data_facts} | provenance(device))
     if args.save:
