@@ -746,6 +746,18 @@ def test_collected_data_is_uniform_and_cached_under_its_own_name(tmp_path, monke
     task, ends = o3f.get_task("hopper-random-v2"), raw["terminals"] | raw["timeouts"]
     assert "rewards: the same: " in o3f.reward_check(raw, ends, task, env)
     assert "NOT the same" in o3f.reward_check({**raw, "rewards": raw["rewards"] + 0.5}, ends, task, env)
+    # HalfCheetah hides no velocity: rows of which every one is too fast for a Hopper are replayed as well.
+    env = o3f.make_env("halfcheetah-random-v2")
+    rng, rows, obs = np.random.default_rng(0), [], env.reset(seed=0)[0]
+    while len(rows) < 30:
+        action = rng.uniform(-1, 1, 6).astype(np.float32)
+        row = (obs, action, *(step := env.step(action))[1:2])
+        if np.abs(obs[8:]).max() >= 10:
+            rows.append(row)
+        obs = step[0]
+    raw = dict(zip(("observations", "actions", "rewards"), map(np.array, zip(*rows))))
+    line = o3f.reward_check(raw, np.zeros(30, bool), o3f.get_task("halfcheetah-random-v2"), env)
+    assert "rewards: the same: 200 rows replayed" in line
     official = tmp_path / "hopper_random-v2.hdf5"
     official.write_bytes(b"")
     assert o3f.find_dataset(args) == official  # D4RL's own file, where there is one, comes first
@@ -810,6 +822,8 @@ class Files(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.ranges.append(start)
+        if start >= len(self.content):
+            return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
@@ -840,6 +854,10 @@ def test_download_resumes_checks_and_names_every_source(tmp_path, monkeypatch):
             o3f.download([url + "b.hdf5"], tmp_path / "b.hdf5")
         assert (tmp_path / "b.hdf5.part").stat().st_size == 150_000 and not (tmp_path / "b.hdf5").exists()
     with file_server(content) as url:
+        for had in (content, content + b"more"):  # killed before the renaming, or left over from another file
+            (tmp_path / "e.hdf5.part").write_bytes(had)
+            assert o3f.download([url + "e.hdf5"], tmp_path / "e.hdf5").read_bytes() == content
+            (tmp_path / "e.hdf5").unlink()
         with pytest.raises(o3f.UserError, match="sha256 is not the known one.*Ways on: --dataset FILE"):
             o3f.download([url + "c.hdf5"], tmp_path / "c.hdf5", "0" * 64)
     assert not list(tmp_path.glob("c.hdf5*"))
@@ -1637,6 +1655,8 @@ def test_plot_groups_runs_and_prints_their_table(tmp_path, monkeypatch, capsys):
     (tmp_path / "d").mkdir()
     assert o3f.cli(["--plot", "a", "d"]) == 2
     assert "--plot d: no run with an evaluation" in capsys.readouterr().err
+    (tmp_path / "a/config.json").write_text("{}")
+    assert o3f.cli(["--plot", "a"]) == 2 and "--plot a: no run" in capsys.readouterr().err
 
 
 def test_expectile_switch_and_anneal(tmp_path, monkeypatch):
@@ -1841,6 +1861,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(tmp_path, monk
     names = sorted(p.name for p in folder.glob("*.pt*"))
     assert names == ["checkpoint.pt", "checkpoint_previous.pt"]
     assert [torch.load(folder / name, weights_only=True)["step"] for name in names] == [0, -30]
+    saves.clear()  # where the switch is due anyway, it is saved once, and the one before stays
+    monkeypatch.setattr(torch, "save", lambda state, file: saves.append(state["step"]))
+    command = pendulum_command("iql", data, tmp_path / "due")
+    command[command.index("--offline-steps") + 1] = "80"
+    command[command.index("--online-steps") + 1] = "0"
+    run(*command, "--no-save")
+    assert saves == [-40, 0]
 
 
 @pytest.mark.parametrize("where", ["loss", "observation"])
