@@ -1401,7 +1401,9 @@ def plot(folders: list[Path], path: Path) -> str:
         groups.setdefault(key, []).append((config["seed"], curve))
     configs = [json.loads(key) for key in groups]
     differ = [name for name in asdict(Args()) if len({str(config.get(name)) for config in configs}) > 1]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
+    # A curve's name: the way to explore, and the flags in which it departs from most of the others.
+    counts = {name: Counter(str(config.get(name)) for config in configs) for name in differ}
+    figure = Figure(figsize=(7, 3.8 + 0.18 * len(groups)), dpi=120, layout="constrained")
     axes, rng = figure.subplots(), np.random.default_rng(0)
     table = "| runs | seeds | offline | final | best | area | episodes |\n|---|---|---|---|---|---|---|\n"
     for config, runs in zip(configs, groups.values()):
@@ -1411,7 +1413,9 @@ def plot(folders: list[Path], path: Path) -> str:
         mean = scores.mean(0)
         draws = scores[rng.integers(len(scores), size=(2000, len(scores)))].mean(1)
         band = np.percentile(draws, (2.5, 97.5), axis=0) if len(curves) > 1 else mean + [-stds[0], stds[0]]
-        label = ", ".join(f"{name} {config.get(name)}" for name in differ or ("env_id", "base", "explore"))
+        names = [name for name in differ
+                 if name == "explore" or counts[name][str(config.get(name))] <= len(configs) / 2]
+        label = ", ".join(f"{name} {config.get(name)}" for name in names or ("env_id", "base", "explore"))
         (line,) = axes.plot(steps, mean, ".-", label=label)
         axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
         x, y = steps[steps >= 0], scores[:, steps >= 0]  # (evaluations,), (runs, evaluations)
@@ -1423,7 +1427,7 @@ def plot(folders: list[Path], path: Path) -> str:
         table += f"| {label} | {' | '.join(cells)} | {config['eval_episodes']} |\n"
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score")
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower left", frameon=False, fontsize="small")
     figure.savefig(path)
     return table
 

@@ -1652,6 +1652,11 @@ def test_plot_groups_runs_and_prints_their_table(tmp_path, monkeypatch, capsys):
             " | 10 |") in lines
     assert "| explore noise | 0 | 10.0 | 8.0 | 12.0 | 10.3 | 10 |" in lines
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    # A flag names the curves that depart from the majority in it, and no others.
+    write_run(tmp_path / "e", 0, {0: 1.0, 300: 2.0}, explore="noise", sigma=0.5)
+    assert o3f.cli(["--plot", "a", "c", "e"]) == 0
+    names = [line.split(" | ")[0][2:] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert names == ["explore o3f", "explore noise", "explore noise, sigma 0.5"]
     (tmp_path / "d").mkdir()
     assert o3f.cli(["--plot", "a", "d"]) == 2
     assert "--plot d: no run with an evaluation" in capsys.readouterr().err
