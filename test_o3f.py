@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1349,10 +1350,10 @@ def test_presets_are_the_papers_and_flags_override_them():
     assert (kitchen.sigma, kitchen.expectile, kitchen.beta, kitchen.actor_dropout) == (0.05, 0.7, 0.5, 0.1)
     assert (cheetah.sigma, cheetah.expectile, cheetah.beta, cheetah.actor_dropout) == (0.2, 0.7, 3.0, 0.0)
     assert (kitchen.reward_transform, cheetah.reward_transform) == ("none", "return_range")
-    for args in (kitchen, cheetah, make_args("Pendulum-v1")):
+    for args, proposal in ((kitchen, "mean"), (cheetah, "sample"), (make_args("Pendulum-v1"), "sample")):
         assert (args.num_candidates, args.num_critics, args.omega, args.explore) == (100, 5, 0.0, "o3f")
         assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (256, 3e-4, 0.99, 0.005, 1)
-        assert (args.proposal, args.rank_critics, args.clip_candidates) == ("sample", "online", True)
+        assert (args.proposal, args.rank_critics, args.clip_candidates) == (proposal, "online", True)
     for name in ("kitchen-mixed-v0", "halfcheetah-medium-v2", "Pendulum-v1"):
         args = make_args(name, base="lapo")
         assert (args.batch_size, args.learning_rate, args.gamma, args.tau, args.utd) == (512, 2e-4, 0.99, 0.005, 20)
@@ -1655,8 +1656,8 @@ def test_plot_groups_runs_and_prints_their_table(tmp_path, monkeypatch, capsys):
     # A flag names the curves that depart from the majority in it, and no others.
     write_run(tmp_path / "e", 0, {0: 1.0, 300: 2.0}, explore="noise", sigma=0.5)
     assert o3f.cli(["--plot", "a", "c", "e"]) == 0
-    names = [line.split(" | ")[0][2:] for line in capsys.readouterr().out.splitlines()[2:5]]
-    assert names == ["explore o3f", "explore noise", "explore noise, sigma 0.5"]
+    names = [line.split(" | ")[0][2:] for line in capsys.readouterr().out.splitlines()[:5]]
+    assert names[0] == "runs (else sigma None)" and names[2:] == ["explore o3f", "explore noise", "explore noise, sigma 0.5"]
     (tmp_path / "d").mkdir()
     assert o3f.cli(["--plot", "a", "d"]) == 2
     assert "--plot d: no run with an evaluation" in capsys.readouterr().err
@@ -1939,3 +1940,25 @@ def test_sigterm_finishes_the_files_and_the_run_goes_on_later(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     run("--resume", folder)
     same_run(tmp_path / "whole", folder)
+
+
+def test_the_readme_asks_a_finished_run(tmp_path, capsys):
+    """README's lines on how right the critics were run as they stand, on a run of our own."""
+    data = tmp_path / "p.hdf5"
+    o3f.collect_random("Pendulum-v1", 500, data)
+    run(*pendulum_command("lapo", data, tmp_path / "run"))
+    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    names = {}
+    exec(block.replace("RUN", str(tmp_path / "run")), names)
+    out = capsys.readouterr().out
+    assert "correlation" in out and "distance to the nearest state" in out
+    # Its discounted returns, one by one: three episodes of 200 steps and a rest that is bootstrapped too.
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    r, s2 = names["r"].double().numpy(), names["s2"]
+    last = names["agent"].q_values(s2, names["agent"].policy(s2, False)).mean(0).numpy()
+    assert len(r) == saved["step"] and names["ends"] == {199, 399, 599}
+    for t in (0, 150, 199, 200, 599):
+        end = t // 200 * 200 + 199
+        G = sum(0.99 ** (k - t) * r[k] for k in range(t, end + 1)) + 0.99 ** (end + 1 - t) * last[end]
+        assert names["G"][t].item() == pytest.approx(G, rel=1e-4)
