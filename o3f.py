@@ -7,7 +7,7 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
                       c_i ~ N(a, σ²I),  i = 1…N                                   # new in O3F
                       a_t = argmax_i  mean_j Q_j(s, c_i) + ω·std_j Q_j(s, c_i)    # new in O3F
                       s', r, d ← environment(a_t);   D ← D ∪ {(s, a_t, r, s', d)}
-                      π, Q₁…Q_m ← Update(π, Q, batch of D)     the very same (LAPO: its critics 20×)
+                      π, Q₁…Q_m ← Update(π, Q, batch of D)      the same Update (LAPO: critics 20×)
 
 An offline objective keeps the policy near its data, so by itself it tries nothing new; an objective that
 is changed at the switch can destroy what was learned. O3F changes only which action is tried.
