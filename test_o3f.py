@@ -525,7 +525,7 @@ def test_explore_action_variants():
     g = torch.Generator().manual_seed(9)
     sample = agent.policy(obs, True, g)
     noise = torch.randn(1, 3, generator=g)
-    assert torch.equal(act(explore="policy")[0], sample)
+    assert torch.equal(act(explore="policy", proposal="sample")[0], sample)
     assert torch.equal(act(explore="policy", proposal="mean")[0], agent.policy(obs, False))
     assert torch.allclose(act(explore="noise")[0], (sample + 0.3 * noise).clamp(-1, 1))
     for proposal, centre in (("sample", sample), ("mean", agent.policy(obs, False))):
