@@ -527,7 +527,7 @@ def test_explore_action_variants():
     noise = torch.randn(1, 3, generator=g)
     assert torch.equal(act(explore="policy", proposal="sample")[0], sample)
     assert torch.equal(act(explore="policy", proposal="mean")[0], agent.policy(obs, False))
-    assert torch.allclose(act(explore="noise")[0], (sample + 0.3 * noise).clamp(-1, 1))
+    assert torch.allclose(act(explore="noise", proposal="sample")[0], (sample + 0.3 * noise).clamp(-1, 1))
     for proposal, centre in (("sample", sample), ("mean", agent.policy(obs, False))):
         for rank in ("online", "target"):
             g = torch.Generator().manual_seed(9)
