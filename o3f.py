@@ -312,7 +312,7 @@ def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
     """IQL Eq. 7: min(exp(β·(Q − V)), limit), (B,). β = 0 gives 1 everywhere: plain cloning."""
-    # The best π near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A): cloning fits it.
+    # The best π near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A): weighted cloning.
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
 
 

@@ -650,7 +650,7 @@ def test_kitchen_rewards_consistent_and_stock(tmp_path, with_timeouts, capsys):
     expected = np.repeat([-4.0, -3.0, -2.0], [10, 10, 19])  # 39 of 40: the last row of a demonstration has no successor
     assert np.array_equal(data["rewards"], np.tile(expected, 3)) and data["terminations"].sum() == 0
     assert facts["episodes"] == 3 and facts["rows"] == 120 and facts["dropped"] == 3
-    assert "NOT the same" in capsys.readouterr().out
+    assert "NOT the same, as in D4RL's files" in capsys.readouterr().out
     # The rule at work online: satisfied(s) − 4 whatever the environment pays; an end only where all four are.
     done = np.zeros(60)
     for index, goal in (o3f.KITCHEN_GOALS[name] for name in task.targets):
@@ -1244,7 +1244,7 @@ def test_antmaze_data_and_its_teleports(tmp_path, capsys):
                terminals=np.zeros(1500))
     capsys.readouterr()
     load("antmaze-umaze-v2", tmp_path / "far.hdf5")
-    assert "NOT the same" in capsys.readouterr().out
+    assert "NOT the same, is this the right file?" in capsys.readouterr().out
 
 
 def test_antmaze_files_of_all_versions(tmp_path, monkeypatch):
