@@ -1,28 +1,42 @@
-"""O3F in one file: pretrain a policy offline, then fine-tune it online by acting optimistically.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<3", "gymnasium[mujoco]>=1.0,<2", "mujoco>=3.3,<5", "numpy>=1.26,<3",
+#     "tyro>=0.9,<2", "h5py>=3.11,<4", "pooch>=1.8,<2", "filelock>=3.13,<5",
+#     "tqdm>=4.66,<5", "tensorboard>=2.17,<3", "matplotlib>=3.8,<4", "d4rl==1.1",
+# ]
+# # Of d4rl only files are used (models, tables); its own requirements no longer install.
+# [[tool.uv.dependency-metadata]]
+# name = "d4rl"
+# version = "1.1"
+# requires-dist = []
+# ///
+"""O3F in one file: train a policy offline, then fine-tune it online by acting optimistically.
 
-Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Action Selection". The idea:
+Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Action Selection".
 
-    offline  repeat:  π, Q₁…Q_m ← Update(π, Q, batch of D)              any offline RL algorithm
+    offline  repeat:  π, Q₁…Q_m ← Update(π, Q, batch of D)            any offline RL algorithm
     online   repeat:  a   ~ π(·|s)
-                      c_i ~ N(a, σ²I),  i = 1…N                                   # new in O3F
-                      a_t = argmax_i  mean_j Q_j(s, c_i) + ω·std_j Q_j(s, c_i)    # new in O3F
-                      s', r, d ← environment(a_t);   D ← D ∪ {(s, a_t, r, s', d)}
-                      π, Q₁…Q_m ← Update(π, Q, batch of D)      the same Update (LAPO: critics 20×)
+                      c_i ~ N(a, σ²I),  i = 1…N                                 # new in O3F
+                      a_t = argmax_i  mean_j Q_j(s, c_i) + ω·std_j Q_j(s, c_i)  # new in O3F
+                      s', r, d ← environment(a_t);  D ← D ∪ {(s, a_t, r, s', d)}
+                      π, Q₁…Q_m ← Update(π, Q, batch of D)            the same Update
 
-An offline objective keeps the policy near its data, so by itself it tries nothing new; an objective that
-is changed at the switch can destroy what was learned. O3F changes only which action is tried.
+An offline objective keeps the policy near its data: by itself it tries nothing new. An objective
+that is changed at the switch can destroy what was learned. O3F changes only which action is tried.
 
-Notation:  (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one: there we bootstrap)
-           π policy   Q_j critic j of m   V state value   Q̂_j, π⁻, Dec⁻ slow copies   γ discount
-           IQL: κ expectile (τ in its paper)   β inverse temperature
-           LAPO: z latent action   Dec(s, z) decoder   λ weight of the minimum over critics
-           N, σ, ω candidates, their std, weight of the critics' std
+Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one)
+           π policy, Q_j critic j of m, V state value, γ discount; Q̂, π⁻, Dec⁻ slow copies
+           IQL: κ expectile (τ in its paper), β inverse temperature
+           LAPO: z latent action, Dec(s, z) decoder, λ weight of the minimum over critics
+           N, σ, ω  number of candidates, their std, weight of the critics' std
 
-Examples:  python o3f.py                                         halfcheetah-random-v2, collected on the spot
-           python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
+Run it     python o3f.py                                        halfcheetah, data collected here
+           python o3f.py --env-id kitchen-mixed-v0 --base iql   the paper's Franka kitchen
+           python o3f.py --env-id kitchen-mixed-v0 --help       all flags, with this task's values
 
-Reading order: 1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 base algorithms, 6 replay buffer,
-7 environments, 8 data, 9 evaluation, 10 files, 11 both phases. A lecture can stop after 5.
+Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
+           That is all of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
 """
 
 from __future__ import annotations
@@ -30,336 +44,228 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
-import difflib
 import functools
-import hashlib
-import http.client
 import importlib.util
 import json
 import os
-import platform
 import re
 import runpy
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
+import threading
 import time
-import urllib.request
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, Optional, Union
+from typing import Callable, Literal, NamedTuple, Optional, get_args, get_type_hints
 
+import filelock
 import gymnasium as gym
 import h5py
 import mujoco
 import numpy as np
+import pooch
 import torch
 import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
 
-# ==== 1. Flags ==============================================================================================
+# ==== 1. Flags ====
 @dataclass
 class Args:
-    """Where PRESETS has the flag, a default of None is the paper's value for the task family and base."""
+    """Defaults: the papers' values for locomotion under IQL; preset(env_id, base) has others."""
 
     # -- run --
-    env_id: str = "halfcheetah-random-v2"
-    """task: a D4RL name (hopper-medium-v2, kitchen-mixed-v0, antmaze-large-play-v2) or a gymnasium id"""
-    base: Literal["iql", "lapo"] = "iql"
-    """offline algorithm that is fine-tuned"""
-    seed: int = 0
-    """seeds four independent streams: learning, exploration, training environment, evaluation"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where networks and replay buffer live; auto: cuda where there is one, else cpu"""
-    deterministic: bool = False
-    """on CUDA, choose kernels that repeat to the last bit, slower; a CPU's always do"""
-    compile: bool = False
-    """torch.compile the updates (a minute at start, a C++ compiler on CPU); the same results to rounding"""
-    cuda_graph: bool = False
-    """capture the update in a CUDA graph, sampling included: no Python per update; not with --compile"""
-    run_dir: str = ""
-    """folder for the outputs, new or empty; default runs/<task>-<base>-<explore>-s<seed>-<time>-<pid>"""
-    resume: str = ""
-    """run folder of a killed run: go on from its checkpoint as if nothing had been; without other flags"""
-    checkpoint_every: int = 10_000
-    """steps between checkpoints (and one at the switch; online at episode ends); 0: none; more = more lost"""
-    save: bool = True
-    """write agent_offline.pt after the offline phase and agent_final.pt at the end"""
-    load: str = ""
-    """start from this saved agent without an offline phase, so that variants share one pretraining"""
-    plot: tuple[str, ...] = ()
-    """draw these run folders' curves to plot.png and print their table, grouped by configuration; no run"""
-    track: bool = False
-    """also log to Weights & Biases (pip install wandb; not imported otherwise)"""
+    env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
+    base: Literal["iql", "lapo"] = "iql"  # offline algorithm that is fine-tuned
+    seed: int = 0  # seeds learning, exploration, training environment, evaluation: four streams
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and buffer; auto: cuda if found
+    compile: bool = False  # torch.compile the updates: a minute at start, for GPUs
+    # products of the updates: float32; coarser is faster: TF32 on GPUs, bfloat16 on some CPUs
+    precision: Literal["highest", "high", "medium"] = "highest"
+    run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
+    resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
+    load: str = ""  # saved agent instead of an offline phase; it brings its task, base and sizes
+    checkpoint_minutes: float = 5.0  # between checkpoints, 0: whenever possible; more = more lost
+    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    plot: tuple[str, ...] = ()  # draw these runs, or all in these folders, and print a table
+    plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
     # -- task and data --
-    dataset: str = ""
-    """empty: D4RL's file (cache, download; *-random-v2: collected); random: uniform actions; or a path"""
-    dataset_size: int = 1_000_000
-    """transitions to collect, where data is collected (D4RL 1M); more = slower start, wider coverage"""
+    dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random: uniform actions; or a file
+    dataset_size: int = 1_000_000  # rows, where they are collected (D4RL 1M); more = wider data
+    # kitchen: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
-    """consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's +1s"""
-    reward_transform: Optional[Literal["none", "return_range", "minus_one", "max", "x100"]] = None
-    """return_range (IQL): r*1000/(max - min return); max (LAPO): r/max r; minus_one: r - 1; x100: 100*r"""
+    # return_range: r*1000/(max - min return); max: r/max r; minus_one: r - 1; x100: 100*r
+    reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "return_range"
     # -- both phases --
-    offline_steps: int = 1_000_000
-    """updates before the first environment step (papers 1M), logged as negative steps"""
-    online_steps: int = 250_000
-    """environment steps of fine-tuning; ours: a fifth of the buffer beside D4RL's 1M rows (IQL's: 1M)"""
-    batch_size: Optional[int] = None
-    """transitions per update (IQL 256, LAPO 512); more = less noise, slower"""
-    learning_rate: Optional[float] = None
-    """Adam's step size, every network, both phases (IQL 3e-4, LAPO 2e-4); more = faster, less stable"""
-    gamma: float = 0.99
-    """discount per step (papers 0.99); more = looks further ahead, converges later"""
-    tau: float = 0.005
-    """Polyak rate of all slow copies per update (papers 0.005); more = faster targets, less stable"""
-    num_critics: int = 5
-    """m, critics in the ensemble (paper 5); more = a lower minimum, a steadier mean, slower"""
-    hidden_dim: int = 256
-    """units per hidden layer (papers 256); more = larger capacity, slower"""
+    offline_steps: int = 1_000_000  # updates before the first environment step (papers 1M)
+    online_steps: int = 250_000  # environment steps of fine-tuning (ours; IQL's paper 1M)
+    batch_size: int = 256  # transitions per update (IQL 256, LAPO 512); more = less noise, slower
+    learning_rate: float = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
+    gamma: float = 0.99  # γ, discount per step (papers 0.99); more = looks further ahead
+    tau: float = 0.005  # rate of the slow copies per update (papers 0.005); more = less stable
+    num_critics: int = 5  # m (paper 5); more = a lower minimum, a steadier mean, slower
+    hidden_dim: int = 256  # units per hidden layer (papers 256); more = larger capacity, slower
     # -- online --
-    explore: Literal["o3f", "noise", "policy"] = "o3f"
-    """o3f: best of N around a; the paper's baselines: noise, a + N(0, sigma^2), and policy, a itself"""
-    num_candidates: int = 100  # new in O3F
-    """N, candidates per step (paper 100); more = greedier towards the critics"""
-    sigma: Optional[float] = None  # new in O3F
-    """std of candidates or noise in the +-1 action box (kitchen, ant maze 0.05, else 0.2); more = bolder"""
-    omega: float = 0.0  # new in O3F
-    """weight of the critics' std in the score (paper 0; ablation 1); more = seeks their disagreement"""
-    proposal: Optional[Literal["sample", "mean"]] = None
-    """a, where all ways to explore start (paper silent): the policy's mean (LAPO, kitchen) or its sample"""
-    rank_critics: Literal["online", "target"] = "online"
-    """critics that score the candidates (paper silent); target = steadier, later to react"""
-    clip_candidates: bool = True
-    """clip candidates to +-1 before they are scored, executed and stored (paper silent)"""
-    utd: Optional[int] = None
-    """updates per environment step (IQL 1, LAPO 20: its critics only); more = learns faster, less stable"""
-    overlap: bool = False
-    """ours: update while the environment steps, without its transition; for GPUs, nothing on a CPU"""
-    reset_optimizer: bool = False
-    """forget Adam's moments at the switch to online (paper silent; ours: they carry over)"""
-    buffer_size: Optional[int] = None
-    """rows, the dataset's included; when full the oldest online row goes; None: all are kept (paper)"""
+    explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
+    num_candidates: int = 100  # N per step (paper 100); more = greedier towards the critics
+    # std of candidates or noise in the ±1 box (paper 0.2; kitchen, ant maze 0.05); more = bolder
+    sigma: float = 0.2
+    omega: float = 0.0  # weight of the critics' std in the score (paper 0); more = seeks doubt
+    # a, where every way to explore starts: the policy's sample or its mean (paper silent)
+    proposal: Literal["sample", "mean"] = "sample"
+    utd: int = 1  # updates per step (IQL 1, LAPO 20, critics only); more = learns faster
+    # ours: share of dataset rows in online batches, 0 to 1 (paper, None: uniform over all rows)
     offline_ratio: Optional[float] = None
-    """ours: share (0-1) of dataset rows in online batches; None: uniform (paper); more = learns less new"""
     # -- IQL --
-    expectile: Optional[float] = None
-    """kappa of IQL Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best action's Q, more over-estimation"""
-    online_expectile: Optional[float] = None
-    """the paper's Fig. 3: another kappa online (paper 0.85, no clear gain; None: the same); as expectile"""
-    anneal: Literal["step", "linear"] = "step"
-    """how kappa gets there: at once at the switch, or linearly over the online phase"""
-    beta: Optional[float] = None
-    """inverse temperature of IQL Eq. 7 (locomotion 3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier"""
-    exp_adv_max: float = 100.0
-    """limit of exp(beta * advantage) (IQL 100); more = single actions may rule a batch"""
-    actor_dropout: Optional[float] = None
-    """dropout rate of the actor in updates, never in acting (kitchen 0.1, else 0); more = regularises more"""
+    expectile: float = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best Q
+    online_expectile: Optional[float] = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
+    anneal: Literal["step", "linear"] = "step"  # κ gets there at once, or over the online phase
+    beta: float = 3.0  # β of Eq. 7 (3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier
+    exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single actions may rule a batch
+    actor_dropout: float = 0.0  # in updates only (kitchen 0.1, else 0); more = regularises more
     # -- LAPO --
-    subset_size: int = 2
-    """target critics that form a target, drawn anew per update (REDQ 2); more = lower values for lambda 1"""
-    doubleq_min: Optional[float] = None
-    """lambda, weight of the subset's minimum, 1 - it the maximum's (ant maze 0.7, else 1); more = cautious"""
-    value_clamp: Optional[Literal["discounted", "once", "none"]] = None
-    """limits of V's targets from the rewards seen: r/(1 - gamma), or r itself where it is paid once"""
-    latent_dim: Optional[int] = None
-    """size of z (paper, and None: twice the action's); more = actions are reproduced more exactly"""
-    max_latent: float = 2.0
-    """the policy's limit on |z| (paper 2); more = rarer actions come within reach"""
-    latent_noise: float = 0.1
-    """std of the noise on z in V's targets and sampled actions, cut at 2 std (paper 0.1); more = smoother"""
-    kl_weight: float = 1.0
-    """weight of the CVAE's KL (paper 1); more = z says less about the action, all of |z| <= 2 is in use"""
-    good_weight: float = 0.9
-    """weight in the CVAE's loss of actions that beat V, 1 - it of the others (paper 0.9); 0.5 = clone all"""
-    # -- evaluation and output --
-    eval_every: int = 10_000
-    """steps between evaluations, both phases; more = faster, coarser curve"""
-    eval_episodes: int = 10
-    """episodes per evaluation, side by side; more = less noise, slower"""
+    subset_size: int = 2  # target critics per target, drawn anew (REDQ 2); more = lower targets
+    doubleq_min: float = 1.0  # λ, weight of their minimum (ant maze 0.7, else 1); more = cautious
+    # limits of V's targets, from rewards seen: r/(1 - gamma), or r itself where it is paid once
+    value_clamp: Literal["discounted", "once", "none"] = "discounted"
+    latent_dim: Optional[int] = None  # size of z (paper, None: 2·|A|); more = finer actions
+    max_latent: float = 2.0  # limit of |z_i| (paper 2); more = rarer actions come within reach
+    latent_noise: float = 0.1  # std of the noise on z, cut at 2 std (paper 0.1); more = smoother V
+    kl_weight: float = 1.0  # of the CVAE's KL (paper 1); more = z says less about the action
+    good_weight: float = 0.9  # of actions that beat V, 1 - it of others (paper 0.9); 0.5 = clone
+    # -- evaluation --
+    eval_every: int = 10_000  # steps between evaluations, both phases; more = faster, coarser
+    eval_episodes: int = 10  # episodes per evaluation, side by side; more = less noise, slower
+    # the policy's deterministic action (paper silent), or the optimistic one around it
     eval_action: Literal["policy", "optimistic"] = "policy"
-    """evaluate the policy's deterministic action (paper silent) or the optimistic one around it"""
-    log_every: int = 1000
-    """steps between rows of training metrics, each the mean since the last; more = shorter files"""
+    log_every: int = 1000  # steps per row of metrics, each a mean; more = shorter files
 
 
-# The papers' values by base, family, base/family: the narrower wins, and a flag that is given wins over all.
-# Locomotion and "other", any environment outside D4RL, have no row: the base's suits dense rewards.
-PRESETS = {
-    "iql": dict(batch_size=256, learning_rate=3e-4, utd=1, proposal="sample", sigma=0.2, expectile=0.7,
-                beta=3.0, actor_dropout=0.0, reward_transform="return_range"),
-    "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
-    # Rewards are of order 1 as they are; a sample achieves half of what the mean does (README).
-    "iql/kitchen": dict(beta=0.5, actor_dropout=0.1, reward_transform="none", proposal="mean"),
-    "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", sigma=0.2, doubleq_min=1.0,
-                 value_clamp="discounted", reward_transform="max"),
-    "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
-    "antmaze": dict(sigma=0.05), "kitchen": dict(sigma=0.05)}
-COUNTS = "num_candidates num_critics subset_size batch_size hidden_dim latent_dim utd eval_episodes"
-SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
-LIMITS = {"omega": (-1e9, 1e9), "dataset_size": (2, 1e9)} | dict.fromkeys(SHARES.split(), (0, 1))
-LIMITS |= dict.fromkeys(f"{COUNTS} eval_every log_every".split(), (1, 1e9))  # all else: (0, 1e9)
-
-
-class UserError(Exception):
-    """Something that the user can put right: printed as one line, exit code 2."""
-
-
-def resolve(args: Args, family: str) -> Args:
-    """Fill None from PRESETS and check LIMITS. Raises: UserError naming flag, value and what is expected."""
-    for key in (f"{args.base}/{family}", family, args.base):  # the narrower one first
-        preset = PRESETS.get(key, {})
-        args = replace(args, **{name: v for name, v in preset.items() if getattr(args, name) is None})
-    for name, value in asdict(args).items():
-        low, high = LIMITS.get(name, (0, 1e9))
-        if type(value) in (int, float) and not low <= value <= high:  # not: catches nan too
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:g}")
-    iql = "expectile online_expectile anneal beta exp_adv_max actor_dropout"
-    lapo = "subset_size doubleq_min value_clamp latent_dim max_latent latent_noise kl_weight good_weight"
-    for name in {"iql": lapo, "lapo": iql}.get(args.base, "").split():
-        if getattr(args, name) != getattr(Args(), name):
-            raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}, leave it out")
-    if args.online_expectile is not None and args.cuda_graph:
-        raise UserError("--online-expectile: not with --cuda-graph, which would freeze kappa")
-    if args.base == "lapo" and args.subset_size > args.num_critics:
-        raise UserError(f"--subset-size {args.subset_size}: more than --num-critics {args.num_critics}")
-    return args
-
-
-# ==== 2. Networks ===========================================================================================
+# ==== 2. Networks ====
 class EnsembleLinear(nn.Module):
     """m linear layers that share nothing, in one batched product: (m, B, in) -> (m, B, out)."""
 
     def __init__(self, m: int, in_dim: int, out_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim))
-        self.bias = nn.Parameter(torch.zeros(m, 1, out_dim))
+        # PyTorch's own start, ±1/√in, drawn per member: different starts make critics disagree.
+        bound = in_dim**-0.5
+        self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(m, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0, orthogonal: bool = True):
-    """linear-ReLU-dropout per hidden size, then linear: an nn.Sequential.
-
-    orthogonal: IQL's init, gain √2 in every layer, the last too, zero bias. Else LAPO's, PyTorch's own.
-    """
+def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) -> nn.Sequential:
+    """linear, ReLU, dropout per hidden size, then linear."""
     layers = []
     for in_dim, out_dim in zip(sizes, sizes[1:]):
-        layer, bound = linear(in_dim, out_dim), in_dim**-0.5
-        nn.init.uniform_(layer.bias, -bound, bound) if not orthogonal else nn.init.zeros_(layer.bias)
-        # One draw per member: different starts make the critics disagree.
-        for weight in layer.weight.view(-1, *layer.weight.shape[-2:]):  # (1 or m, rows, columns)
-            nn.init.orthogonal_(weight, 2**0.5) if orthogonal else nn.init.uniform_(weight, -bound, bound)
-        layers += [layer, nn.ReLU(inplace=True), nn.Dropout(dropout)]
-    return nn.Sequential(*layers[:-2])
+        layers += [linear(in_dim, out_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])  # the last layer stays linear
 
 
 class Critics(nn.Module):
-    """The ensemble Q_1 ... Q_m: obs (B, O), actions (B, A) -> (m, B)."""
+    """The ensemble Q_1 … Q_m: obs (B, O), actions (B, A) -> (m, B)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden: list[int], orthogonal: bool = True):
+    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden: list[int]):
         super().__init__()
-        linear = functools.partial(EnsembleLinear, m)
-        self.m, self.net = m, mlp([obs_dim + act_dim, *hidden, 1], linear, orthogonal=orthogonal)
+        self.m = m
+        self.net = mlp([obs_dim + act_dim, *hidden, 1], functools.partial(EnsembleLinear, m))
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor, members: Optional[torch.Tensor] = None):
-        """members: the only critics to ask, indices (k,) on their device, at k/m of the cost: -> (k, B)."""
-        k = self.m if members is None else len(members)
-        x = torch.cat([obs, actions], -1).expand(k, -1, -1)  # (k, B, O + A), a view: no copies
-        if members is None:
-            return self.net(x).squeeze(-1)
-        chosen = {name: p[members] for name, p in self.net.named_parameters()}
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(self.m, -1, -1)  # (m, B, O + A), no copies
+        return self.net(x).squeeze(-1)
+
+    def ask(self, obs: torch.Tensor, actions: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        """Only the critics members (k,), at k/m of the cost: -> (k, B)."""
+        x = torch.cat([obs, actions], -1).expand(len(members), -1, -1)
+        chosen = {name: weight[members] for name, weight in self.net.named_parameters()}
         return torch.func.functional_call(self.net, chosen, x).squeeze(-1)
 
 
 class GaussianActor(nn.Module):
-    """π(a|s) = N(tanh(MLP(s)), diag(std²)), one learned log-std per action dimension for all states."""
+    """π(a|s) = N(tanh(MLP(s)), diag(std²)): obs (B, O) -> mean (B, A), log std (A,)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: list[int], dropout: float):
         super().__init__()
         self.net = mlp([obs_dim, *hidden, act_dim], dropout=dropout)
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.log_std = nn.Parameter(torch.zeros(act_dim))  # one for all states
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)  # (B, A), (A,)
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
 
 
-# ==== 3. Losses: pure functions of tensors ==================================================================
+# ==== 3. Losses: pure functions of tensors ====
 def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
-    """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V."""
-    # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
-    # the mean of Q over the data's actions, near the best as κ → 1, without asking about other actions.
+    """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V (B,)."""
+    # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles
+    # above the mean of Q over the data's actions, near the best of them as κ → 1.
     return ((expectile - (u < 0).to(u.dtype)).abs() * u**2).mean()
 
 
-def td_target(rewards: torch.Tensor, ends: torch.Tensor, next_v: torch.Tensor, gamma: float) -> torch.Tensor:
+def td_target(rewards, ends, next_v, gamma: float) -> torch.Tensor:
     """IQL Eq. 6: y = r + γ(1 − d)·V(s'); all (B,)."""
     return rewards + gamma * (1.0 - ends) * next_v
 
 
 def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """IQL Eq. 6 for m critics: Σ_j mean (Q_j − y)²; q (m, B), target (B,)."""
+    """IQL Eq. 6 for m critics: Σ_j mean (Q_j − y)²; q (m, B), target (B,) or (m, B)."""
     # The sum over j, not the mean, gives each critic the gradient that it would have alone.
     return ((q - target) ** 2).mean(1).sum()
 
 
 def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
-    """IQL Eq. 7: min(exp(β·(Q − V)), limit), (B,). β = 0 gives 1 everywhere: plain cloning."""
-    # The best π near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A): weighted cloning.
+    """IQL Eq. 7: min(exp(β·A), limit), A = Q − V (B,). β = 0: 1 everywhere, plain cloning."""
+    # The best policy near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A).
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
 
 
 def mixed_q(q: torch.Tensor, doubleq_min: float) -> torch.Tensor:
-    """LAPO's λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,). λ = 1 is the plain minimum."""
+    """LAPO: λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,)."""
     # Whoever maximises over Q finds its over-estimates; a target that errs downwards stops that.
     return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
 
 
 def kl_to_standard_normal(mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
-    """KL(N(μ, σ²) ‖ N(0, I)) = ½·Σ(μ² + σ² − 1 − log σ²) over z: (B, Z), (B, Z) -> (B,)."""
+    """KL(N(μ, σ²) ‖ N(0, I)) = ½·Σ(μ² + σ² − 1 − log σ²): (B, Z), (B, Z) -> (B,)."""
     return 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).sum(-1)
 
 
-def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """θ̂ ← (1 − τ)·θ̂ + τ·θ for every parameter, in place."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-# ==== 4. The optimistic action ==============================================================================
 @torch.no_grad()
-def optimistic_action(  # new in O3F: with five critics, all that the paper adds to its base
-    obs: torch.Tensor, action: torch.Tensor, q_ensemble: Callable, num_candidates: int, sigma: float,
-    omega: float, clip: bool = True, generator: Optional[torch.Generator] = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of N candidates around the policy's action, the one that the critics like best (Algorithm 1, Eq. 2).
+def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """θ̂ ← (1 − τ)·θ̂ + τ·θ, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
-    obs (B, O); action (B, A) in the ±1 box; q_ensemble maps (B·N, O), (B·N, A) to (m, B·N).
-    Returns the chosen action (B, A), the first of equals, and its optimism (B,): how far its mean Q lies
-    above the average candidate's.
+
+# ==== 4. The optimistic action ====
+@torch.no_grad()
+def optimistic_action(  # new in O3F
+    obs, action, q_values: Callable, num_candidates: int, sigma: float, omega: float, generator=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of N candidates around the policy's action, the critics' favourite (Algorithm 1, Eq. 2).
+
+    obs (B, O); action (B, A) in the ±1 box; q_values: (B·N, O), (B·N, A) -> (m, B·N).
+    Returns the chosen action (B, A), the first of equals, and its optimism (B,).
     """
     (B, A), N = action.shape, num_candidates
     noise = torch.randn(B, N, A, dtype=action.dtype, device=action.device, generator=generator)
     candidates = action[:, None] + sigma * noise  # new in O3F: c_i ~ N(a, σ²I), (B, N, A)
-    if clip:
-        candidates = candidates.clamp(-1.0, 1.0)  # score what will be executed, not what would be cut off
-    q = q_ensemble(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))  # (m, B, N)
-    q_mean = q.mean(0)
-    score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2; this std divides by m, not m − 1
-    best = score.argmax(1, keepdim=True)  # new in O3F: a_t, as an index (B, 1) on the device
-    chosen = candidates.gather(1, best[..., None].expand(B, 1, A)).squeeze(1)
-    # The average candidate is what --explore noise executes: this is what the choice claims to gain over it.
-    return chosen, q_mean.gather(1, best).squeeze(1) - q_mean.mean(1)
+    candidates = candidates.clamp(-1.0, 1.0)  # score what will be executed, not what is cut off
+    q = q_values(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))
+    q_mean = q.mean(0)  # (B, N)
+    score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2, a std that divides by m
+    best = score.argmax(1)  # new in O3F: a_t
+    rows = torch.arange(B, device=action.device)
+    # Optimism: how far the chosen mean Q lies above the average candidate's. The average candidate
+    # is what --explore noise executes, so this is what the choice claims to gain.
+    return candidates[rows, best], q_mean[rows, best] - q_mean.mean(1)
 
 
-# ==== 5. Base algorithms ====================================================================================
+# ==== 5. Bases: offline algorithms ====
 class Batch(NamedTuple):
     """B transitions, float32, on the agent's device."""
 
@@ -370,83 +276,122 @@ class Batch(NamedTuple):
     terminations: torch.Tensor  # (B,), 1 at a true end
 
 
-def make_optimizer(agent: nn.Module) -> torch.optim.Adam:
-    """One Adam for all networks of an agent that is on its final device.
+class Base(nn.Module):
+    """What the offline algorithms share. Each owes to this file:
 
-    Moments and count of steps are each weight's own, and a weight without gradient is left alone: this does
-    what one Adam per network would.
-    """
-    args, params = agent.args, [p for p in agent.parameters() if p.requires_grad]
-    return torch.optim.Adam(params, args.learning_rate, fused=True, capturable=args.cuda_graph)
-
-
-class IQL(nn.Module):
-    """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two.
-
-    A base is a module with METRICS, args, optimizer, update, policy and q_values; COMPILED names its methods
-    that work on one batch. data (keys of Batch) is the dataset: IQL wants its shapes only.
+    update(batches) -> dict      a round of learning, a step per batch; numbers to log (last batch)
+    policy(obs, sample) -> (B, A)       π's sample or its deterministic action at obs (B, O), in ±1
+    q_values(obs, actions) -> (m, B)    what every critic says of (B, O), (B, A) in the task's units
     """
 
-    METRICS = tuple("losses/vf losses/qf losses/actor q_mean q_std v_mean adv adv_weight policy_std".split())
-    COMPILED = ("step",)
+    HOT = ()  # methods that --compile compiles, each for one batch
+    FLAGS = ()  # flags that are this base's alone
 
-    def __init__(self, data: dict[str, np.ndarray], args: Args):
+    def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
-        self.args, hidden = args, [args.hidden_dim] * 2
-        obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+        self.args, self.sizes = args, (obs_dim, act_dim)
+
+    def see_dataset(self, data: dict[str, np.ndarray]) -> None:
+        """Take from the dataset (keys of Batch) what is to be known before the first update."""
+
+    def set_progress(self, share: float) -> None:
+        """Told before every online step: how much of the online phase is over, 0 to 1."""
+
+    def make_optimizer(self) -> None:
+        # One Adam for all networks: its moments are each weight's own, and a weight without
+        # gradient is left alone, so this does what one Adam per network would.
+        learned = [weight for weight in self.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, self.args.learning_rate, fused=True)
+
+    def descend(self, loss: torch.Tensor, learners: Optional[list] = None) -> None:
+        """One step of Adam; learners: the only weights that are to learn from this loss."""
+        self.optimizer.zero_grad()
+        loss.backward(inputs=learners)
+        self.optimizer.step()
+
+
+def orthogonal_(layer: nn.Module) -> None:
+    """IQL's start for module.apply: gain √2 in every layer, the last one too; zero bias."""
+    if isinstance(layer, (nn.Linear, EnsembleLinear)):
+        for weight in layer.weight.view(-1, *layer.weight.shape[-2:]):  # one draw per member
+            nn.init.orthogonal_(weight, 2**0.5)
+        nn.init.zeros_(layer.bias)
+
+
+class IQL(Base):
+    """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two."""
+
+    HOT = ("step",)
+    FLAGS = "expectile online_expectile anneal beta exp_adv_max actor_dropout".split()
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int):
+        super().__init__(args, obs_dim, act_dim)
+        hidden = [args.hidden_dim] * 2
         self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden)
-        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.vf = mlp([obs_dim, *hidden, 1])
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
-        self.expectile = args.expectile  # κ; --online-expectile changes it
+        self.apply(orthogonal_)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.expectile = args.expectile
+        self.make_optimizer()
 
-    def update(self, *batches: Batch) -> torch.Tensor:
-        """A gradient step on every network per batch, METRICS' means over the batches."""
-        return torch.stack([self.step(batch) for batch in batches]).mean(0)
+    def set_progress(self, share: float) -> None:
+        # O3F's Fig. 3, the experiment that motivates it: another objective online.
+        args = self.args
+        if args.anneal == "step":
+            share = 1.0
+        if args.online_expectile is not None:
+            self.expectile = (1 - share) * args.expectile + share * args.online_expectile
 
-    def step(self, batch: Batch) -> torch.Tensor:
-        """One update in the authors' order V, actor, Q, targets; METRICS' values."""
+    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        for batch in batches:
+            metrics = self.step(batch)
+        return metrics
+
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One update in the authors' order: V, then actor and critics, then the slow copies."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
-        # V: expectile of min_j Q̂_j(s, a) over the data's actions (IQL Eq. 5). IQL takes the minimum of its
-        # two target critics; which of the five, the paper does not say. Ours: the minimum of all.
+        # V: expectile of min_j Q̂_j(s, a) over the data's actions (Eq. 5). IQL takes the minimum of
+        # its two target critics; which of the five, O3F does not say. Ours: the minimum of all.
         with torch.no_grad():
             target_q = self.qf_target(obs, actions).amin(0)  # (B,)
         vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), self.expectile)
-        self.optimizer.zero_grad()
-        vf_loss.backward()
-        self.optimizer.step()
+        self.descend(vf_loss)
 
         # From here on the *new* V: at s for the actor, at s' for the critics.
         with torch.no_grad():
-            v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,), (B,)
+            v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,) each
             adv = target_q - v
             weight = advantage_weights(adv, args.beta, args.exp_adv_max)
-            # No max over a': V(s') stands in for it, so that no action outside the data is asked about.
+            # No max over a': V(s') stands in for it. No action outside the data is asked about.
             target = td_target(rewards, ends, next_v, args.gamma)
 
-        # Actor: −min(exp(β·adv), limit)·log π(a|s), imitation that favours what beat V (IQL Eq. 7).
+        # Actor: −min(exp(β·A), limit)·log π(a|s), imitation that favours what beat V (Eq. 7).
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # checks stall a GPU
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # no GPU stall
         actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
-        # Critics: every one regresses on the same r + γ(1 − d)·V(s') (IQL Eq. 6).
+        # Critics: every one regresses on the same r + γ(1 − d)·V(s') (Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
-        # The two losses share no parameter: one backward pass gives each network its own gradient.
-        self.optimizer.zero_grad()
-        (actor_loss + qf_loss).backward()
-        self.optimizer.step()
+        # The two share no parameter: one backward pass gives each network its own gradient.
+        self.descend(actor_loss + qf_loss)
         polyak_(self.qf_target, self.qf, args.tau)
-        with torch.no_grad():
-            q_std = q.std(0, correction=0).mean()
-            return torch.stack([vf_loss, qf_loss / len(q), actor_loss, q.mean(), q_std, v.mean(), adv.mean(),
-                                weight.mean(), log_std.exp().mean()])
+        return {
+            "losses/vf": vf_loss.detach(),
+            "losses/qf": qf_loss.detach() / args.num_critics,
+            "losses/actor": actor_loss.detach(),
+            "q_mean": q.detach().mean(),
+            "q_std": q.detach().std(0, correction=0).mean(),
+            "v_mean": v.mean(),
+            "adv_weight": weight.mean(),
+            "policy_std": log_std.detach().exp().mean(),
+        }
 
     @torch.no_grad()
-    def policy(self, obs: torch.Tensor, sample: bool, generator: Optional[torch.Generator] = None):
-        """A sample of π, or its mean, clipped to ±1: (B, O) -> (B, A)."""
+    def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
         action, log_std = self.actor(obs)
         if sample:
             noise = torch.randn(action.shape, device=obs.device, generator=generator)
@@ -454,1214 +399,1170 @@ class IQL(nn.Module):
         return action.clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def q_values(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
-        """All critics, or their slow copies: (B, O), (B, A) -> (m, B)."""
-        return (self.qf_target if target else self.qf)(obs, actions)
+    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.qf(obs, actions)
 
 
-class LAPO(nn.Module):
-    """Latent-variable advantage-weighted policy optimisation (Chen et al., arXiv 2203.08949), O3F's critics.
+class LAPO(Base):
+    """Latent-variable advantage-weighted policy optimisation (Chen et al., arXiv 2203.08949)."""
 
-    A CVAE learns to reproduce actions of the data, above all those that beat V. The policy chooses a point z
-    in the CVAE's latent space, |z_i| ≤ 2, and the decoder turns it into an action: where the prior N(0, I)
-    has its mass, that is an action like the data's. Networks see standardised states and actions; policy and
-    q_values speak the environment's units, so that σ of O3F means the same for both bases.
-    """
+    # A CVAE learns to reproduce actions of the data, above all those that beat V. The policy
+    # chooses a point z in its latent space, |z_i| ≤ 2, and the decoder turns it into an action:
+    # where the prior N(0, I) has its mass, that is an action like the data's.
+    # Networks see standardised states and actions; policy and q_values speak the environment's
+    # units, so that σ means the same for every base.
 
-    METRICS = tuple("losses/qf losses/vf q_mean q_std v_mean v_limit losses/cvae losses/actor adv kl".split())
-    COMPILED = ("update_critics", "update_policy")
+    HOT = ("update_critics", "update_policy")
+    FLAGS = "subset_size doubleq_min value_clamp latent_dim max_latent latent_noise".split()
+    FLAGS += ["kl_weight", "good_weight"]
 
-    def __init__(self, data: dict[str, np.ndarray], args: Args):
-        super().__init__()
-        self.args, hidden = args, [args.hidden_dim] * 3
-        obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
-        latent_dim = args.latent_dim or 2 * act_dim
-        net = functools.partial(mlp, orthogonal=False)
-        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, orthogonal=False)
-        self.vf = net([obs_dim, *hidden, 1])
-        self.encoder = net([obs_dim + act_dim, *hidden, 2 * latent_dim])
-        self.decoder = net([obs_dim + latent_dim, *hidden, act_dim])
-        self.actor = net([obs_dim, *hidden, latent_dim])
+    def __init__(self, args: Args, obs_dim: int, act_dim: int):
+        super().__init__(args, obs_dim, act_dim)
+        hidden = [args.hidden_dim] * 3
+        self.latent_dim = latent_dim = args.latent_dim or 2 * act_dim
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden)
+        self.vf = mlp([obs_dim, *hidden, 1])
+        self.encoder = mlp([obs_dim + act_dim, *hidden, 2 * latent_dim])
+        self.decoder = mlp([obs_dim + latent_dim, *hidden, act_dim])
+        self.actor = mlp([obs_dim, *hidden, latent_dim])
         # The authors keep slow copies of V and the encoder too, but nothing ever asks them.
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.decoder_target = copy.deepcopy(self.decoder).requires_grad_(False)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        # Buffers: saved with the agent. The dataset's statistics stay: what is learned is in their units.
-        for name, x in (("obs", data["observations"]), ("act", data["actions"])):
-            mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-            std = np.where(std < 1e-6, 1.0, std + 1e-6)  # a constant (a kitchen's goal) stays harmless
-            self.register_buffer(f"{name}_mean", torch.tensor(mean, dtype=torch.float32))
-            self.register_buffer(f"{name}_std", torch.tensor(std, dtype=torch.float32))
-        self.register_buffer("v_limits", torch.zeros(2))
+        # The dataset's statistics and V's limits, saved with the agent.
+        for name, size in (("obs", obs_dim), ("act", act_dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("v_min", torch.zeros(()))
+        self.register_buffer("v_max", torch.zeros(()))
+        self.make_optimizer()
+
+    def see_dataset(self, data: dict[str, np.ndarray]) -> None:
+        # Frozen from here on: what is learned is in their units.
+        for x, mean, std in (
+            (data["observations"], self.obs_mean, self.obs_std),
+            (data["actions"], self.act_mean, self.act_std),
+        ):
+            mean.copy_(torch.from_numpy(x.mean(0, dtype=np.float64)))
+            std.copy_(torch.from_numpy(x.std(0, dtype=np.float64) + 1e-6))
+            std[std < 2e-6] = 1.0  # a constant, a kitchen's goal, stays as it is
         self.widen(torch.from_numpy(data["rewards"]))
 
     def widen(self, rewards: torch.Tensor) -> None:
-        """Widen V's limits to what these rewards allow, in place on the device.
+        """Widen V's limits to what these rewards allow."""
+        # No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid
+        # once, at the end, than r. Ours: 0, V after an end, is always within. Rewards seen online
+        # widen the limits too, or the value of a policy better than the data's would be cut off.
+        scale = 1.0
+        if self.args.value_clamp == "discounted":
+            scale = 1.0 / max(1.0 - self.args.gamma, 1e-6)
+        self.v_min.clamp_(max=scale * rewards.amin())
+        self.v_max.clamp_(min=scale * rewards.amax())
 
-        No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid once, at
-        the end, not more than r. Ours: 0, V after an end, is always within (a kitchen's −1 ≤ r ≤ −¼
-        would hold V at −25 or less, however near the end is). What is seen online must widen the limits, or
-        the value of a policy better than the data would be cut off.
-        """
-        scale = 1.0 / max(1.0 - self.args.gamma, 1e-6) if self.args.value_clamp == "discounted" else 1.0
-        low, high = self.v_limits
-        torch.minimum(low, scale * rewards.amin(), out=low)
-        torch.maximum(high, scale * rewards.amax(), out=high)
-
-    def standardise(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def standardise(self, obs: torch.Tensor, actions: torch.Tensor):
         return (obs - self.obs_mean) / self.obs_std, (actions - self.act_mean) / self.act_std
 
-    def act(self, obs: torch.Tensor, actor: nn.Module, decoder: nn.Module, noisy: bool = False,
-            generator: Optional[torch.Generator] = None) -> torch.Tensor:
-        """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2) if noisy; standardised, (B, O) -> (B, A)."""
-        z, std = self.args.max_latent * torch.tanh(actor(obs)), self.args.latent_noise
-        if noisy:
-            noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-            z = z + (std * noise).clamp(-2 * std, 2 * std)
+    def act(self, obs, actor, decoder, noise=None) -> torch.Tensor:
+        """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2); standardised, (B, O) -> (B, A)."""
+        z = self.args.max_latent * torch.tanh(actor(obs))
+        if noise is not None:  # ε (B, Z)
+            z = z + self.args.latent_noise * noise.clamp(-2.0, 2.0)
         return decoder(torch.cat([obs, z], -1))
 
-    def update(self, *batches: Batch) -> torch.Tensor:
-        """Critics and V once per batch, CVAE and policy once, on the last (REDQ's UTD); METRICS' values."""
-        args, values = self.args, []
+    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """Critics and V once per batch, CVAE and policy once, with the last."""
+        tau = self.args.tau
         for i, batch in enumerate(batches):
-            if i > 0:  # after each batch; after the last one below, as CVAE and policy ask the old copies
-                polyak_(self.qf_target, self.qf, args.tau)
             obs, actions = self.standardise(batch.observations, batch.actions)
             next_obs = (batch.next_observations - self.obs_mean) / self.obs_std
             batch = Batch(obs, actions, batch.rewards, next_obs, batch.terminations)
-            # REDQ: a few of the target critics, one draw per update for the whole batch: where the largest of
-            # m uniform draws are, k different places without a loop and without leaving the device.
-            members = torch.rand(args.num_critics, device=obs.device).topk(args.subset_size).indices
-            values.append(self.update_critics(batch, members))
-        metrics = torch.cat([torch.stack(values).mean(0), self.update_policy(batch, members)])
-        for name in ("qf", "decoder", "actor"):
-            polyak_(getattr(self, f"{name}_target"), getattr(self, name), args.tau)
+            # REDQ: a random few of the slow critics make the targets, drawn anew for every update.
+            members = torch.randperm(self.args.num_critics, device=obs.device)
+            members = members[: self.args.subset_size]
+            metrics = self.update_critics(batch, members)
+            if i == len(batches) - 1:  # while the slow copies are still the old ones
+                metrics |= self.update_policy(batch, members)
+                polyak_(self.decoder_target, self.decoder, tau)
+                polyak_(self.actor_target, self.actor, tau)
+            polyak_(self.qf_target, self.qf, tau)
         return metrics
 
-    def update_critics(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
+    def update_critics(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on Q and V; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
-        args = self.args
         with torch.no_grad():
-            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of the slow
-            # policy: V is the value of the latent policy; IQL's, that of the data's better actions.
-            target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), args.gamma)
-            policy_action = self.act(obs, self.actor_target, self.decoder_target, noisy=True)
-            v_target = mixed_q(self.qf_target(obs, policy_action, members), args.doubleq_min)  # (B,)
+            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of
+            # the slow policy: V is the latent policy's value, where IQL's is that of good data.
+            target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), self.args.gamma)
+            noise = torch.randn(len(obs), self.latent_dim, device=obs.device)
+            policy_action = self.act(obs, self.actor_target, self.decoder_target, noise)
+            few = self.qf_target.ask(obs, policy_action, members)
+            v_target = mixed_q(few, self.args.doubleq_min)  # (B,)
             self.widen(rewards)
-            if args.value_clamp != "none":
-                v_target = v_target.clamp(*self.v_limits)
+            if self.args.value_clamp != "none":
+                v_target = v_target.clamp(self.v_min, self.v_max)
         q, v = self.qf(obs, actions), self.vf(obs).squeeze(-1)  # (m, B), (B,)
         qf_loss, vf_loss = ensemble_mse(q, target), ((v - v_target) ** 2).mean()
-        self.optimizer.zero_grad()
-        (qf_loss + vf_loss).backward()  # no parameter in common: each gets its own gradient
-        self.optimizer.step()
-        with torch.no_grad():
-            return torch.stack([qf_loss / len(q), vf_loss, q.mean(), q.std(0, correction=0).mean(), v.mean(),
-                                self.v_limits[1]])
+        self.descend(qf_loss + vf_loss)  # no parameter in common: each gets its own gradient
+        return {
+            "losses/qf": qf_loss.detach() / self.args.num_critics,
+            "losses/vf": vf_loss.detach(),
+            "q_mean": q.detach().mean(),
+            "q_std": q.detach().std(0, correction=0).mean(),
+            "v_mean": v.detach().mean(),
+            "v_limit": self.v_max.clone(),
+        }
 
-    def update_policy(self, batch: Batch, members: torch.Tensor) -> torch.Tensor:
+    def update_policy(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
-        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0, else 0.1. adv is the data's action once, and
-        # the policy's from then on, against V: r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
+        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0, else 0.1. adv is the data's action once,
+        # and the policy's from then on, against V: r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
         with torch.no_grad():
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
-            next_q = mixed_q(self.qf_target(next_obs, next_action, members), args.doubleq_min)
+            next_q = mixed_q(self.qf_target.ask(next_obs, next_action, members), args.doubleq_min)
             adv = td_target(rewards, ends, next_q, args.gamma) - self.vf(obs).squeeze(-1)
-            weight = (args.good_weight - (adv <= 0).to(adv.dtype)).abs()  # (B,), 0.9 or |0.9 − 1|
+            weight = torch.where(adv > 0, args.good_weight, 1.0 - args.good_weight)  # (B,)
         mean, log_var = self.encoder(torch.cat([obs, actions], -1)).chunk(2, -1)  # (B, Z) each
-        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # so that gradients reach mean and log_var
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # gradients reach both
         # Σ(â − a)² is −log N(a; â, ½·I) + const: with the KL, the negative ELBO of a VAE.
         error = ((self.decoder(torch.cat([obs, z], -1)) - actions) ** 2).sum(-1)  # (B,)
         kl = kl_to_standard_normal(mean, log_var)
         cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
         # Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))) through the decoder's slow copy.
         actor_loss = -self.qf(obs, self.act(obs, self.actor, self.decoder_target)).mean()
-        # The two share no parameter; the critics, which actor_loss runs through, are not to learn from it.
-        learners = [p for net in (self.encoder, self.decoder, self.actor) for p in net.parameters()]
-        self.optimizer.zero_grad()
-        (cvae_loss + actor_loss).backward(inputs=learners)
-        self.optimizer.step()
-        with torch.no_grad():
-            return torch.stack([cvae_loss, actor_loss, adv.mean(), kl.mean()])
+        # actor_loss runs through the critics, which are not to learn from it.
+        learners = nn.ModuleList([self.encoder, self.decoder, self.actor])
+        self.descend(cvae_loss + actor_loss, list(learners.parameters()))
+        return {
+            "losses/cvae": cvae_loss.detach(),
+            "losses/actor": actor_loss.detach(),
+            "adv": adv.mean(),
+            "kl": kl.detach().mean(),
+        }
 
     @torch.no_grad()
-    def policy(self, obs: torch.Tensor, sample: bool, generator: Optional[torch.Generator] = None):
-        """π's action, clipped to ±1; a sample has the noise of V's targets on z: (B, O) -> (B, A)."""
+    def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
+        noise = None
+        if sample:  # the noise of V's targets
+            noise = torch.randn(len(obs), self.latent_dim, device=obs.device, generator=generator)
         obs = (obs - self.obs_mean) / self.obs_std
-        action = self.act(obs, self.actor, self.decoder, sample, generator)
+        action = self.act(obs, self.actor, self.decoder, noise)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def q_values(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
-        """All critics, or their slow copies: (B, O), (B, A) -> (m, B)."""
-        return (self.qf_target if target else self.qf)(*self.standardise(obs, actions))
+    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.qf(*self.standardise(obs, actions))
 
 
-AGENTS = {"iql": IQL, "lapo": LAPO}
-Base = Union[IQL, LAPO]
+BASES = {"iql": IQL, "lapo": LAPO}
 
 
-def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator: Optional[torch.Generator] = None):
-    """The action to execute in fine-tuning, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
+def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
+    """The action to execute, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
     if args.explore == "policy":
         return action, torch.zeros_like(action[:, 0])
-    n = args.num_candidates if args.explore == "o3f" else 1  # N = 1, no choice: the noise baseline
-    q_ensemble = functools.partial(agent.q_values, target=args.rank_critics == "target")
+    if args.explore == "noise":
+        noise = torch.randn(action.shape, device=action.device, generator=generator)
+        return (action + args.sigma * noise).clamp(-1.0, 1.0), torch.zeros_like(action[:, 0])
     return optimistic_action(  # new in O3F
-        obs, action, q_ensemble, n, args.sigma, args.omega, args.clip_candidates, generator)
+        obs, action, agent.q_values, args.num_candidates, args.sigma, args.omega, generator
+    )
 
 
-# ==== 6. Replay buffer ======================================================================================
+# ==== 6. Replay buffer, and both phases ====
 class ReplayBuffer:
-    """The dataset, then the online transitions, on the agent's device.
+    """The dataset, then the online transitions, on the agent's device; nothing is ever dropped."""
 
-    One (capacity, 2·O + A + 2) float32 tensor: a batch is one gather, a new transition one copy of a row.
-    Dataset rows stay for ever; when the buffer is full, the oldest online row is overwritten.
-    """
-
-    def __init__(self, data: dict[str, np.ndarray], capacity: int, device: torch.device):
-        self.capacity, self.num_offline = capacity, len(data["rewards"])
-        self.size = self.cursor = self.num_offline
-        self.device_size = torch.tensor(self.size, device=device)  # a captured update reads it as it grows
-        self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]  # O, A, 1, O, 1
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+    # One (capacity, 2·O + A + 2) float32 tensor: a batch is one gather, a new transition one copy.
+    def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
+        self.size = self.num_offline = len(data["rewards"])
+        # O, A, 1, O, 1 columns
+        self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]
+        shape = self.size + online_steps, sum(self.widths)
+        with explain(f"{shape[0]:,} transitions do not fit into memory: lower --online-steps"):
+            self.rows = torch.zeros(shape, device=device)
         for column, name in zip(self.rows.split(self.widths, 1), Batch._fields):
             column[: self.size] = torch.from_numpy(data[name].reshape(self.size, -1))
 
-    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, end: bool):
-        """Append one transition, its reward already as the agent is to see it."""
-        if self.cursor == self.capacity:
-            self.cursor = self.num_offline
+    def add(self, obs, action, reward: float, next_obs, end: bool) -> None:
+        """Append one transition, its reward as the agent is to see it. Raises: UserError."""
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
-        self.rows[self.cursor].copy_(torch.from_numpy(row))
-        self.cursor += 1
-        self.size = max(self.size, self.cursor)
-        self.device_size.fill_(self.size)
+        if not np.isfinite(row).all():
+            raise UserError("the environment gave NaN or inf: unstable; --load an earlier agent")
+        self.rows[self.size].copy_(torch.from_numpy(row))
+        self.size += 1
 
-    def restore(self, online_rows: torch.Tensor, cursor: int) -> None:
-        self.size, self.cursor = self.num_offline + len(online_rows), cursor
-        self.rows[self.num_offline : self.size] = online_rows.to(self.rows.device)
-        self.device_size.fill_(self.size)
-
-    def sample(self, batch_size: int, offline_ratio: Optional[float] = None, batches: int = 1) -> list[Batch]:
-        """Uniform with replacement over all rows; with offline_ratio, that share from the dataset's rows."""
-        # Modulo a size that stays on the device, so that a captured update sees it grow; the first rows are
-        # the likelier by size/2³¹, a thousandth for 2M rows.
-        index = torch.randint(2**31 - 1, (batches, batch_size), device=self.rows.device)
-        if offline_ratio is None:
-            index %= self.device_size
-        else:
+    def sample(self, batch_size: int, batches: int = 1, offline_ratio: Optional[float] = None):
+        """A list of batches, uniform over all rows, or with this share from the dataset's."""
+        device = self.rows.device
+        index = torch.randint(self.size, (batches, batch_size), device=device)
+        if offline_ratio is not None and self.size > self.num_offline:
             n = round(offline_ratio * batch_size)
-            online = self.device_size > self.num_offline
-            start = self.num_offline * online  # 0, all rows, while there are no online ones
-            index[:, :n] %= self.num_offline
-            index[:, n:] = start + index[:, n:] % (self.device_size - start)
-        obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)  # one gather for all
-        return [*map(Batch, obs, actions, rewards.squeeze(-1), next_obs, ends.squeeze(-1))]
+            shape = (batches, batch_size - n)
+            index[:, :n] = torch.randint(self.num_offline, (batches, n), device=device)
+            index[:, n:] = torch.randint(self.num_offline, self.size, shape, device=device)
+        obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)
+        columns = obs, actions, rewards.squeeze(-1), next_obs, ends.squeeze(-1)
+        return [Batch(*batch) for batch in zip(*columns)]
 
 
-def make_learner(agent: Base, buffer: ReplayBuffer, args: Args, offline_ratio: Optional[float], utd: int):
-    """A function that draws utd batches and updates the agent, -> METRICS: eager, compiled or captured."""
-
-    def learn() -> torch.Tensor:
-        return agent.update(*buffer.sample(args.batch_size, offline_ratio, utd))
-
-    if args.compile:
-        torch._inductor.config.fallback_random = True  # the draws of the eager update
-        for name in agent.COMPILED:
-            setattr(agent, name, torch.compile(getattr(agent, name)))
-    if not args.cuda_graph:
-        return learn
-
-    # Capture: a few updates on a side stream allocate what is needed, then everything is put back in place.
-    def tensors() -> list[torch.Tensor]:
-        moments = [x for state in agent.optimizer.state.values() for x in state.values()]
-        return [*agent.parameters(), *agent.buffers(), *moments]
-
-    before = {id(x): x.detach().clone() for x in tensors()}
-    random, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            learn()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.no_grad():
-        for x in tensors():
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()
-    torch.cuda.set_rng_state(random)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        metrics = learn()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return metrics  # overwritten by the next replay
-
-    return replay
+def learn(agent: Base, buffer: ReplayBuffer, args: Args, utd: int, offline_ratio=None) -> dict:
+    """The base's own Update on fresh batches, in both phases -> metrics."""
+    torch.set_float32_matmul_precision(args.precision)
+    metrics = agent.update(buffer.sample(args.batch_size, utd, offline_ratio))
+    torch.set_float32_matmul_precision("highest")  # candidates differ by less than rounding
+    return metrics
 
 
-# ==== 7. Tasks and environments =============================================================================
-@dataclass(frozen=True)
-class Task:
-    """What a name like kitchen-mixed-v0 stands for."""
+def main(args: Args) -> dict:
+    """Pretrain, fine-tune, evaluate -> what summary.json holds. Raises: UserError."""
+    saved = load_saved(args)  # a stopped run, an agent to load, or None
+    if args.resume:
+        args = replace(Args(**saved["args"]), resume=args.resume)
+    check(args, saved)
+    task = get_task(args.env_id)
+    device = pick_device(args.device)
+    # Independent streams of random draws: to evaluate more often, say, changes nothing in training.
+    seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
+    explore_seed, env_seed, eval_seed = seeds
+    generator = torch.Generator(device).manual_seed(explore_seed)
+    torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
 
+    env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
+    data, rule, facts = load_dataset(args, task, env, saved)
+    agent = make_agent(args, data, saved, device)
+    buffer = ReplayBuffer(data, args.online_steps, device)
+    with Run(args, task, agent, buffer, rule, generator, facts, eval_seed, saved) as run:
+        # The same functions, but summary.json will say where the time went.
+        pretrain = run.timed("offline update", learn)
+        finetune = run.timed("online update", learn)
+        act = run.timed("act", explore_action)
+        step_env = run.timed("environment", env.step)
+
+        # Steps up to 0 are offline updates, later ones environment steps: one axis for both.
+        for step in run.steps("offline", last=0):
+            run.record(step, pretrain(agent, buffer, args, utd=1))
+
+        # O3F's Algorithm 1: objective, buffer and optimiser carry on.
+        # The first reset draws what an environment draws once: the goal of an ant maze v0 or v1.
+        # Then every episode has its own seed: a resumed run needs no simulator's inner state.
+        env.reset(seed=env_seed)
+        obs, _ = env.reset(seed=env_seed + run.episode)
+        for step in run.steps("online", last=args.online_steps):
+            agent.set_progress(step / args.online_steps)
+            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
+            action, optimism = act(agent, obs_tensor, args, generator)
+            action = action[0].cpu().numpy()
+            next_obs, reward, terminated, truncated, info = step_env(action)
+            # A time limit (truncated) ends the episode, not the task: d stays 0, V(s') counts.
+            train_reward, end = rule(obs, reward, next_obs, terminated)
+            buffer.add(obs, action, train_reward, next_obs, end)
+            metrics = finetune(agent, buffer, args, args.utd, args.offline_ratio)
+            metrics["o3f/optimism"] = optimism[0]
+            run.record(step, metrics, info.get("episode"))
+            obs = next_obs
+            if terminated or truncated:
+                obs, _ = env.reset(seed=env_seed + run.episode)
+        return run.finish()
+
+
+# ==== 7. Tasks and environments ====
+# The algorithm is over. From here on: what feeds it, and keeps what comes of it.
+class UserError(ValueError):
+    """Something that the user can put right: printed as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def explain(hint: str, say: Optional[Callable] = None):
+    try:
+        yield
+    except Exception as error:  # whatever a library raises becomes one line
+        if say is None:
+            raise UserError(f"{hint}: {error}") from error
+        say(f"{hint}: {error}")  # a warning, or one of several failures
+
+
+class Task(NamedTuple):
     family: str  # locomotion, kitchen, antmaze or other
-    gym_id: str = ""  # for gymnasium.make; empty where the environment is this file's own
-    low: float = 0.0  # returns that score 0 and 100 (d4rl's infos.py); by default the score is the return
-    high: float = 100.0
-    horizon: int = 0  # steps; 0: gymnasium knows it
-    targets: tuple[str, ...] = ()  # the kitchen's sub-tasks
-    maze: str = ""
-    goal_per_reset: bool = False
+    gym_id: str = ""  # for gymnasium.make; empty where this file has the environment
+    low: float = 0.0  # return that scores 0 (d4rl's infos.py)
+    high: float = 100.0  # that scores 100; without a range the score is the return
 
-    def score(self, returns):
-        """D4RL's normalised score of undiscounted returns of raw rewards."""
+    def score(self, returns):  # D4RL's normalised score of undiscounted raw rewards
         return 100.0 * (returns - self.low) / (self.high - self.low)
 
 
-ROBOTS = {  # -v4, not -v5: v5 changed Walker2d's foot friction and the healthy reward of Hopper and Walker2d
-    "halfcheetah": Task("locomotion", "HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
-    "walker2d": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3)}
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-TASKS = {f"{robot}-{level}-v{v}": ROBOTS[robot] for v in (2, 1, 0) for robot in ROBOTS for level in LEVELS
-         if (v, level) != (0, "full-replay")}  # as in d4rl's table
-KITCHEN = Task("kitchen", "", 0.0, 4.0, 280, ("microwave", "kettle", "light switch", "slide cabinet"))
-MIXED = replace(KITCHEN, targets=("microwave", "kettle", "bottom burner", "light switch"))
-TASKS |= {"kitchen-complete-v0": KITCHEN, "kitchen-partial-v0": KITCHEN, "kitchen-mixed-v0": MIXED}
-ANTS = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-TASKS |= {f"antmaze-{ant}-v{v}": Task("antmaze", "", 0.0, 1.0, 700 if "umaze" in ant else 1000,
-                                      maze=ant.split("-")[0], goal_per_reset=v == 2)
-          for v in (2, 1, 0) for ant in ANTS}
+LEVELS = "(random|medium|medium-replay|medium-expert|full-replay|expert)-v[012]"
+MAZE = "(umaze|umaze-diverse|medium-play|medium-diverse|large-play|large-diverse)-v[012]"
+TASKS = {  # by pattern of their names
+    # -v4: v5 changed Walker2d's foot friction, and the healthy reward of two.
+    f"halfcheetah-{LEVELS}": Task("locomotion", "HalfCheetah-v4", -280.178953, 12135.0),
+    f"hopper-{LEVELS}": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
+    f"walker2d-{LEVELS}": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3),
+    "kitchen-(complete|partial|mixed)-v0": Task("kitchen", "", 0.0, 4.0),
+    f"antmaze-{MAZE}": Task("antmaze", "", 0.0, 1.0),
+}
+KITCHENS = {  # sub-tasks that pay
+    "kitchen-complete-v0": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "kitchen-partial-v0": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "kitchen-mixed-v0": ("microwave", "kettle", "bottom burner", "light switch"),
+}
+# The papers' values where they differ from Args: the narrower key wins.
+PRESETS = {
+    "antmaze": dict(sigma=0.05),
+    "kitchen": dict(sigma=0.05),
+    "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
+    # Rewards are of order 1. A sample reaches half of what the mean does.
+    "iql/kitchen": dict(beta=0.5, actor_dropout=0.1, reward_transform="none", proposal="mean"),
+    "lapo": dict(
+        batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", reward_transform="max"
+    ),
+    "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
+}
 
 
 def get_task(env_id: str) -> Task:
-    """Raises: UserError with the nearest name and the list."""
-    if env_id in TASKS or env_id in gym.registry:
-        return TASKS.get(env_id) or Task("other", env_id)
-    near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=1, cutoff=0)[0]
-    robots, levels, ants = ",".join(ROBOTS), ",".join(LEVELS), ",".join(ANTS)
-    raise UserError(f"--env-id {env_id}: no such task; did you mean {near}? Known: {{{robots}}}-{{{levels}}}-"
-                    f"v2, kitchen-{{complete,partial,mixed}}-v0, antmaze-{{{ants}}}-v2, and gymnasium's ids")
+    for pattern, task in TASKS.items():
+        if re.fullmatch(pattern, env_id):
+            return task
+    if env_id in gym.registry or ":" in env_id:  # module:Id imports the module first
+        return Task("other", env_id)
+    known = ", ".join(TASKS)
+    raise UserError(f"--env-id {env_id}: no such task, known: {known}, gymnasium's")
 
 
-def d4rl_dir() -> Path:
-    """The installed d4rl as a folder of files: to import it takes the MuJoCo binaries of 2021."""
+def preset(env_id: str, base: str, **flags) -> Args:
+    """The papers' values for a task and a base, and the flags that are given."""
+    family, values = get_task(env_id).family, {}
+    for key in (base, family, f"{base}/{family}"):  # the narrower later
+        values |= PRESETS.get(key, {})
+    return Args(env_id, base, **(values | flags))
+
+
+def d4rl_dir() -> Path:  # d4rl as a folder: to import it takes the MuJoCo of 2021
     spec = importlib.util.find_spec("d4rl")
     if spec is None:
-        raise UserError("package d4rl (models, table of files) is missing: pip install --no-deps d4rl==1.1")
-    return Path(spec.submodule_search_locations[0])
+        raise UserError("package d4rl is missing: pip install --no-deps d4rl==1.1")
+    return Path(spec.submodule_search_locations[0])  # found without running it
 
 
-def make_env(env_id: str, render_mode: Optional[str] = None, **kwargs) -> gym.Env:
-    """A task's environment with its time limit and actions in the ±1 box; kwargs go to its constructor.
-
-    The kitchen takes noise_ratio (0.1; 0 switches the observation noise off).
-    Raises: UserError where gymnasium cannot make it, or its spaces are no flat Box and bounded flat Box.
-    """
+def make_env(env_id: str, **kwargs) -> gym.Env:
+    """A task's environment, with a time limit and actions in the ±1 box."""
     task = get_task(env_id)
-    mujoco.set_mju_user_warning(warnings.warn)  # by itself MuJoCo writes warnings to a file in this folder
-    if task.family in ("kitchen", "antmaze"):
-        make = KitchenEnv if task.family == "kitchen" else AntMazeEnv
-        return gym.wrappers.TimeLimit(make(task, render_mode=render_mode, **kwargs), task.horizon)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that -v4, its XML too, is out of date: it is D4RL's
-            env = gym.make(task.gym_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
-    except Exception as e:  # an optional package is missing, mostly; gymnasium says which
-        raise UserError(f"--env-id {env_id}: gymnasium cannot make it: {e}") from e
-    spaces = env.observation_space, env.action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    if not flat or not np.isfinite([spaces[1].low, spaces[1].high]).all():
-        raise UserError(f"--env-id {env_id}: needs a flat Box of observations and a bounded flat Box of "
-                        f"actions, found {spaces[0]} and {spaces[1]}")
+    mujoco.set_mju_user_warning(warnings.warn)  # not into a file
+    if task.family == "kitchen":
+        return gym.wrappers.TimeLimit(KitchenEnv(KITCHENS[env_id], **kwargs), 280)
+    if task.family == "antmaze":
+        limit = 700 if "umaze" in env_id else 1000
+        return gym.wrappers.TimeLimit(AntMazeEnv(env_id, **kwargs), limit)
+    needs = "needs flat, for actions bounded, boxes, or gymnasium cannot make it"
+    with explain(f"--env-id {env_id}: {needs}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
+        env = gym.make(task.gym_id, disable_env_checker=True, **kwargs)
+        box = env.action_space
+        if len(env.observation_space.shape + box.shape) != 2:
+            raise ValueError(env.observation_space)
+        if (box.low != -1).any() or (box.high != 1).any():
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 1000)  # an evaluation has to end
-    if (spaces[1].low != -1).any() or (spaces[1].high != 1).any():
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env
 
 
-class MujocoEnv(gym.Env):
-    """What the kitchen and the ant maze share. Draws come from reset(seed=...)'s generator and no other."""
-
+class MujocoEnv(gym.Env):  # what kitchen and ant maze share
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
+    renderer = None  # made at the first picture: training needs no OpenGL
 
-    def __init__(self, model: mujoco.MjModel, obs_dim: int, limit: float, render_mode: Optional[str]):
-        self.model, self.data, self.renderer = model, mujoco.MjData(model), None
+    def __init__(self, model: mujoco.MjModel, obs_dim: int, limit: float, render_mode):
+        self.model, self.data = model, mujoco.MjData(model)
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(-limit, limit, (obs_dim,), np.float64)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (model.nu,), np.float32)
 
-    def put(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Set positions (nq,) and velocities (nv,), all else as at time 0."""
+    def put(self, qpos, qvel) -> None:  # all else as at time 0
         mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
+        self.data.qpos[:] = qpos
+        self.data.qvel[:] = qvel
         mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # MuJoCo 2 did so by itself
         mujoco.mj_forward(self.model, self.data)
 
-    def render(self) -> np.ndarray:
-        """(480, 640, 3) uint8. Without a screen, set the environment variable MUJOCO_GL=egl or osmesa."""
+    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
+        super().reset(seed=seed)  # all draws come from this generator
+        self.put(*self.start())
+        return self.observe(), {}
+
+    def render(self) -> np.ndarray:  # without a screen: MUJOCO_GL=egl
         self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
-        camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = self.camera
-        self.renderer.update_scene(self.data, camera)
+        self.renderer.update_scene(self.data)
         return self.renderer.render()
 
 
-# Kitchen: where in the observation a sub-task's object is, and where it must be (d4rl's kitchen_envs.py).
-KITCHEN_GOALS = {
-    "bottom burner": ([11, 12], [-0.88, -0.01]), "top burner": ([15, 16], [-0.92, -0.01]),
-    "light switch": ([17, 18], [-0.69, -0.05]), "slide cabinet": ([19], [0.37]),
-    "hinge cabinet": ([20, 21], [0.0, 1.45]), "microwave": ([22], [-0.75]),
-    "kettle": ([23, 24, 25, 26, 27, 28, 29], [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06])}
+KITCHEN_GOALS = {  # where an observation has the object, and where it must be
+    "bottom burner": ([11, 12], [-0.88, -0.01]),
+    "light switch": ([17, 18], [-0.69, -0.05]),
+    "slide cabinet": ([19], [0.37]),
+    "microwave": ([22], [-0.75]),
+    "kettle": ([23, 24, 25, 26, 27, 28, 29], [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06]),
+}
 
 
-def kitchen_done(obs: np.ndarray, targets: tuple[str, ...]) -> np.ndarray:
-    """Which sub-tasks' objects are within 0.3 (L2) of their goals: obs (..., >= 30) -> bool (..., k)."""
-    goals = [KITCHEN_GOALS[target] for target in targets]
-    return np.stack([np.linalg.norm(obs[..., i] - np.array(goal), axis=-1) < 0.3 for i, goal in goals], -1)
+def kitchen_done(obs: np.ndarray, targets: tuple) -> np.ndarray:
+    done = []  # which sub-tasks' objects are near their goals: (..., ≥ 30) -> (..., k)
+    for target in targets:
+        index, goal = KITCHEN_GOALS[target]
+        done.append(np.linalg.norm(obs[..., index] - goal, axis=-1) < 0.3)
+    return np.stack(done, -1)
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(1)  # 1.3 s, once for all environments: stepping only reads it
 def kitchen_model() -> mujoco.MjModel:
-    """d4rl's kitchen, compiled once (1.3 s) and shared by all environments: stepping only reads it."""
     scene = d4rl_dir() / "kitchen/adept_envs/franka/assets/franka_kitchen_jntpos_act_ab.xml"
     kettle = "../../../adept_models/kitchen/assets/kettle_asset.xml"
-    # MuJoCo since 3.2 rejects the kettle's named default class at the top level: hand it a file, in memory,
-    # in which the class has an unnamed parent. What is compiled is physically the same.
-    text = (scene.parent / kettle).read_text().replace("</mujocoinclude>", "</default></mujocoinclude>")
+    # MuJoCo since 3.2 wants a named default class to have a parent: an unnamed one
+    # gives it, in memory, and changes nothing else.
+    text = (scene.parent / kettle).read_text()
     text = text.replace('<default class="kettle">', '<default><default class="kettle">')
+    text = text.replace("</mujocoinclude>", "</default></mujocoinclude>")
     return mujoco.MjModel.from_xml_path(str(scene), {kettle: text.encode()})
 
 
 class KitchenEnv(MujocoEnv):
-    """D4RL's Franka kitchen (its kitchen_multitask_v0.py and kitchen_envs.py) on current MuJoCo.
+    """D4RL's Franka kitchen, its kitchen_multitask_v0.py, on current MuJoCo."""
 
-    obs (60,): 9 robot joints, 21 object joints, 30 goal entries; rad and m, no velocities.
-    action (9,): ±1 is ±2 rad/s (fingers m/s), held for 0.08 s.
-    reward: 1 for each target sub-task, the first time it is satisfied; terminated once all have been.
-    """
-
+    # obs (60,): 9 robot joints, 21 object joints, 30 goal entries; rad and m.
+    # action (9,): ±1 is ±2 rad/s (fingers m/s), held for 0.08 s.
+    # reward: 1 for each sub-task, when first satisfied; terminated once all are.
     INIT_QPOS = np.array([
-        0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394, 0.0479267505,
-        0.0371350919, -2.6627985e-4, -5.18043486e-5, 3.1287722e-5, -4.51199853e-5, -3.90842156e-6,
-        -4.22629655e-5, 6.28065475e-5, 4.04984708e-5, 4.62730939e-4, -2.26906415e-4, -4.65501369e-4,
-        -0.00644129196, -0.00177048263, 0.00108009684, -0.26939744, 0.350383255, 1.61944683, 1.00618764,
-        0.0040639512, -0.00662095997, -2.68278933e-4])
+        0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394,
+        0.0479267505, 0.0371350919, -2.6627985e-4, -5.18043486e-5, 3.1287722e-5, -4.51199853e-5,
+        -3.90842156e-6, -4.22629655e-5, 6.28065475e-5, 4.04984708e-5, 4.62730939e-4, -2.26906415e-4,
+        -4.65501369e-4, -0.00644129196, -0.00177048263, 0.00108009684, -0.26939744, 0.350383255,
+        1.61944683, 1.00618764, 0.0040639512, -0.00662095997, -2.68278933e-4])  # fmt: skip
 
-    def __init__(self, task: Task, noise_ratio: float = 0.1, render_mode: Optional[str] = None):
+    def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, render_mode=None):
         super().__init__(kitchen_model(), 60, 8.0, render_mode)
-        self.targets, self.noise_ratio = task.targets, noise_ratio
-        self.camera = (-0.2, 0.5, 2.0), 2.2, 70, -35  # look-at point, distance (m), azimuth, elevation (deg)
+        self.targets, self.noise_ratio = targets, noise_ratio  # 0.1 is D4RL's
         config = d4rl_dir() / "kitchen/adept_envs/franka/robot/franka_config.xml"
         joints = ElementTree.parse(config).getroot()[:30]
-        self.low, self.high = np.array([joint.get("pos_bound").split() for joint in joints], float).T
-        self.noise_amp = np.array([joint.get("pos_noise_amp") for joint in joints], float)
+        self.bounds = np.array([x.get("pos_bound").split() for x in joints], float).T  # (2, 30)
+        self.noise_amp = np.array([x.get("pos_noise_amp") for x in joints], float)
         self.goal = np.zeros(30)
-        for index, goal in (KITCHEN_GOALS[target] for target in self.targets):
+        for target in targets:
+            index, goal = KITCHEN_GOALS[target]
             self.goal[index] = goal
 
-    def _observe(self) -> np.ndarray:
-        noise = self.np_random.uniform(-1.0, 1.0, 30)  # drawn anew at every look, uniform as in D4RL
+    def start(self):
+        self.done = np.zeros(len(self.targets), bool)
+        return self.INIT_QPOS, 0.0  # D4RL does not clip it to the bounds
+
+    def observe(self) -> np.ndarray:
+        noise = self.np_random.uniform(-1.0, 1.0, 30)  # drawn at every look, as in D4RL
         self.seen = self.data.qpos + self.noise_ratio * self.noise_amp * noise
         return np.concatenate([self.seen, self.goal])
 
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
-        super().reset(seed=seed)
-        self.put(self.INIT_QPOS, np.zeros(self.model.nv))  # D4RL does not clip it to the joint bounds
-        self.done = np.zeros(len(self.targets), bool)
-        return self._observe(), {"completed": []}
-
     def step(self, action: np.ndarray):
-        # The arm steers from its joints as it last *saw* them, noise included: D4RL's rule.
+        # The arm steers from its joints as last *seen*, noise included: D4RL's rule.
         ctrl = self.seen[:9] + 2.0 * np.clip(action, -1.0, 1.0) * 0.08
-        self.data.ctrl[:] = ctrl.clip(self.low[:9], self.high[:9])
+        self.data.ctrl[:] = ctrl.clip(*self.bounds[:, :9])
         mujoco.mj_step(self.model, self.data, 40)  # 40 steps of 2 ms
-        obs = self._observe()
-        new = kitchen_done(obs, self.targets) & ~self.done
-        self.done |= new
-        completed = [target for target, is_new in zip(self.targets, new) if is_new]
-        return obs, float(new.sum()), bool(self.done.all()), False, {"completed": completed}
+        obs = self.observe()
+        new = kitchen_done(obs, self.targets) & ~self.done  # each is paid once
+        self.done |= new  # once done, always done
+        info = {"completed": self.done.copy()}
+        return obs, float(new.sum()), bool(self.done.all()), False, info
 
 
-# Row i is at y = 4·i m, column j at x = 4·j m, from the start S; G is the goal's cell (d4rl's *_MAZE_TEST).
-MAZES = """
-    #####  ########  ############
-    #S..#  #S.##..#  #S...#.....#
-    ###.#  #..#...#  #.##.#.#.#.#
-    #G..#  ##...###  #......#...#
-    #####  #..#...#  #.####.###.#
-           #.#..#.#  #..#.#.....#
-           #...#.G#  ##.#.#.#.###
-           ########  #..#...#.G.#
-                     ############
-"""
-MAZE_COLUMNS = {"umaze": slice(4, 9), "medium": slice(11, 19), "large": slice(21, 33)}
+MAZES = {  # d4rl's *_MAZE_TEST; a cell is 4 m wide, the start S is at (0, 0)
+    "umaze": "##### #S..# ###.# #G..# #####",  # rows, top to bottom
+    "medium": "######## #S.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########",
+    "large": "############ #S...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# "
+    "##.#.#.#.### #..#...#.G.# ############",
+}
 
 
 class AntMazeEnv(MujocoEnv):
-    """D4RL's ant maze (its maze_env.py, ant.py, goal_reaching_env.py) on current MuJoCo.
+    """D4RL's ant maze, its maze_env.py and ant.py, on current MuJoCo."""
 
-    obs (29,): qpos (x, y, z, quaternion, 8 joints) and qvel (14); m, rad, s. The goal is not in it.
-    action (8,): ±1 is the motors' range, held for 0.1 s.
-    reward: 1 within 0.5 m of the goal, which terminates; an ant on its back goes on.
-    """
-
-    metadata = MujocoEnv.metadata | {"render_fps": 10}
-
-    def __init__(self, task: Task, render_mode: Optional[str] = None):
-        rows = [line[MAZE_COLUMNS[task.maze]] for line in MAZES.splitlines()]
-        cells = np.array([list(row) for row in rows if row.strip()])  # (rows, columns)
-        where = {mark: 4.0 * np.argwhere(cells == mark)[:, ::-1] for mark in "SG#"}  # (k, 2): x and y in m
-        self.goal_cell, self.walls = where["G"] - where["S"], where["#"] - where["S"]  # the start is (0, 0)
+    # obs (29,): qpos (x, y, z, quaternion, 8 joints), qvel (14); not the goal.
+    # action (8,): ±1 is the motors' range, held for 0.1 s.
+    # reward: 1 within 0.5 m of the goal, which terminates; nothing else does.
+    def __init__(self, env_id: str, render_mode: Optional[str] = None):
+        cells = np.array([list(row) for row in MAZES[env_id.split("-")[1]].split()])
+        start = np.argwhere(cells == "S")[0]
+        self.goal_cell = 4.0 * (np.argwhere(cells == "G")[0] - start)[::-1]  # (x, y), m
         spec = mujoco.MjSpec.from_file(str(d4rl_dir() / "locomotion/assets/ant.xml"))
-        for x, y in self.walls:
-            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 1], size=[2, 2, 1], contype=1,
-                                    conaffinity=1, rgba=[0.7, 0.5, 0.3, 1])
-        # For the eye only. A site compiled at 0 would stay there, wherever its pos is moved to.
-        spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3, rgba=[1, 0, 0, 1])
+        wall = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=[2, 2, 1], contype=1, conaffinity=1)
+        for row, column in 4.0 * (np.argwhere(cells == "#") - start):
+            spec.worldbody.add_geom(pos=[column, row, 1], **wall)
+        # For the eye. Compiled at 0 it would stay there, wherever it is moved to.
+        spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3)
         super().__init__(spec.compile(), 29, np.inf, render_mode)
-        centre = (self.walls.min(0) + self.walls.max(0)) / 2
-        self.camera = (*centre, 0.0), 5.5 * max(cells.shape[0], 0.75 * cells.shape[1]), 90, -90
-        self.goal, self.goal_per_reset = None, task.goal_per_reset
+        self.goal = None
+        self.moves = env_id.endswith("v2")  # v0, v1: the first draw stays
 
-    def reset(self, *, seed: Optional[int] = None, options: Optional[dict] = None):
-        super().reset(seed=seed)
+    def observe(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def start(self):
         jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
-        if self.goal is None or self.goal_per_reset:  # v0 and v1: the first draw stays
-            self.goal = np.maximum(self.goal_cell[0] + jitter, 0.0)
+        if self.goal is None or self.moves:
+            self.goal = np.maximum(self.goal_cell + jitter, 0.0)
             self.model.site("goal").pos[:2] = self.goal
         qpos = self.model.qpos0 + self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.put(qpos, 0.1 * self.np_random.standard_normal(self.model.nv))
-        return np.concatenate([self.data.qpos, self.data.qvel]), {}
+        return qpos, 0.1 * self.np_random.standard_normal(self.model.nv)
 
     def step(self, action: np.ndarray):
         low, high = self.model.actuator_ctrlrange.T
         self.data.ctrl[:] = low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (high - low)
         mujoco.mj_step(self.model, self.data, 5)  # 5 steps of 20 ms
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return np.concatenate([self.data.qpos, self.data.qvel]), float(reached), reached, False, {}
+        return self.observe(), float(reached), reached, False, {}
 
 
-# ==== 8. Data ===============================================================================================
-KNOWN_SHA256 = {  # where it has been reported: a download that differs is refused
+# ==== 8. Data ====
+KNOWN_SHA256 = {  # as far as reported
     "kitchen-mixed-v0": "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b",
     "kitchen-partial-v0": "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800",
-    "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"}
+    "kitchen-complete-v0": "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81",
+}
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
+KEYS = "observations actions rewards terminals timeouts".split()  # of D4RL's files
 
 
-def find_dataset(args: Args) -> Path:
-    """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded. Raises: UserError."""
+def find_dataset(args: Args, env: gym.Env) -> Path:
+    """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded."""
     if args.dataset not in ("", "random"):
-        if not Path(args.dataset).is_file():
-            raise UserError(f"--dataset {args.dataset}: no such file; give one in D4RL's layout, or `random`")
         return Path(args.dataset)
+    # d4rl's own folder and names: its downloads are found.
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
-    cache.mkdir(parents=True, exist_ok=True)
-    if not args.dataset:
-        if args.env_id not in TASKS:
-            raise UserError(f"--env-id {args.env_id} has no file: use --dataset FILE or --dataset random")
-        if args.env_id.endswith("-random-v2"):  # D4RL's name for it, without need of the package
-            urls, name = [], args.env_id.replace("-random", "_random") + ".hdf5"
-        else:
-            table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
-            ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has their v1, which the table lacks
-            registered = re.findall(f"'{args.env_id}'.*?'(http[^']+)'", ants, re.DOTALL)
-            urls = [table.get(args.env_id) or registered[0]]
-            name = Path(urls[0]).name
-        if (cache / name).is_file():
-            return cache / name
-        if urls:
-            mirror = f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{name}"  # MuJoCo v2
-            return download([*urls, mirror], cache / name, KNOWN_SHA256.get(args.env_id))
-    path = cache / f"{args.env_id.replace('/', '-')}.collected-uniform-{args.dataset_size}.hdf5"
-    if not path.is_file():
-        collect_random(args.env_id, args.dataset_size, path)
-    print(f"data: {path.name} is collected here by D4RL's recipe, uniform actions; not D4RL's own file")
-    return path
+    name = re.sub("[/:]", "-", args.env_id)
+    random = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
+    official = cache / f"{name.replace('-random', '_random')}.hdf5"
+    if args.dataset == "" and official.is_file():
+        return official
+    if args.dataset == "random" or name.endswith("-random-v2"):
+        if not random.is_file():
+            collect_random(args.env_id, args.dataset_size, random)
+        return random
+    if get_task(args.env_id).family == "other":
+        raise UserError("this task has no file: --dataset FILE or --dataset random")
+    return download(args.env_id, cache, env)
 
 
-def download(urls: list[str], path: Path, digest: Optional[str] = None) -> Path:
-    """Fetch from the first source that answers; what breaks off stays as .part and is resumed next time."""
-    import fcntl  # POSIX; nothing else here needs it
-    part, failures = path.with_name(path.name + ".part"), []
-    with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the file
-        while urls and not path.is_file():
-            url, *urls = urls
-            try:
-                have = os.fstat(file.fileno()).st_size
-                request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-                with urllib.request.urlopen(request, timeout=8) as response:
-                    if response.status != 206:  # this server starts over
-                        have = file.truncate(0)
-                    total = have + response.length if response.length else None
-                    bar = tqdm.wrapattr(response, "read", total=total, initial=have, desc=path.name)
-                    with bar as source:
-                        shutil.copyfileobj(source, file, 1 << 20)
-                    file.flush()
-                if total and (have := part.stat().st_size) != total:
-                    raise OSError(f"broke off after {have} of {total} bytes: run again to resume")
-                if digest and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-                    file.truncate(0)
-                    raise OSError("its sha256 is not the known one, the copy was removed")
-                part.replace(path)
-            except (OSError, http.client.HTTPException) as e:  # HTTPError and time-outs are OSErrors
-                failures.append(f"{url} ({getattr(e, 'reason', None) or e})")
-                if have and getattr(e, "code", None) == 416:  # no rest to fetch: another file, or all of it
-                    file.truncate(0)
-                    urls = [*urls, url]  # once more, from its start
-    if part.exists() and (path.is_file() or not part.stat().st_size):
-        part.unlink()
+def download(env_id: str, cache: Path, env: gym.Env) -> Path:
+    """D4RL's file, from its server or a mirror, whole or not at all."""
+    table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
+    ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has v1, the table not
+    urls = re.findall(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)
+    url = table.get(env_id, *urls)
+    if url is None:
+        raise UserError(f"d4rl knows no file of {env_id}: --dataset FILE")
+    path, failures = cache / Path(url).name, []
     if path.is_file():
         return path
-    raise UserError(f"no source for {path.name}: not in {path.parent}; {'; '.join(failures)}. Ways on: "
-                    "--dataset FILE (your copy), --dataset random (uniform actions), or plain python o3f.py")
+    fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
+    for source in (url, f"{MIRROR}/{path.name}"):
+        with explain(source, failures.append):
+            pooch.retrieve(source, KNOWN_SHA256.get(env_id), path.name, cache, downloader=fetch)
+            load_hdf5(path, env)
+            return path
+        path.unlink(missing_ok=True)  # an error page, say
+    raise UserError(f"no source for {path.name}: {failures}. Ways on: --dataset FILE, random")
 
 
 def collect_random(env_id: str, size: int, path: Path) -> None:
-    """Write `size` steps of uniform actions in D4RL's layout: how its *-random files were made."""
-    env = make_env(env_id)
-    env.action_space.seed(0)
+    env, rows = make_env(env_id), []  # how D4RL's *-random files were made
+    env.action_space.seed(0)  # the same file when made again
     obs, _ = env.reset(seed=0)
-    data = {"observations": np.empty((size, *obs.shape), np.float32),
-            "actions": np.empty((size, *env.action_space.shape), np.float32),
-            **{name: np.empty(size, np.float32) for name in ("rewards", "terminals", "timeouts")}}
-    for i in tqdm(range(size), desc=f"collecting {env_id}", unit="step"):
+    for _ in tqdm(range(size), f"collecting {env_id}", disable=None):
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        row = (obs, action, reward, terminated, truncated and not terminated)
-        for column, value in zip(data.values(), row):
-            column[i] = value
-        obs = env.reset()[0] if terminated or truncated else next_obs
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # renamed when whole: a kill leaves no half file
+        rows.append((obs, action, reward, terminated, truncated and not terminated))
+        obs = next_obs
+        if terminated or truncated:
+            obs, _ = env.reset()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a kill leaves no half file
+    part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
-        for name, column in data.items():
-            file.create_dataset(name, data=column, compression="gzip", compression_opts=1)
-    part.replace(path)
+        for name, column in zip(KEYS, zip(*rows)):
+            file[name] = np.array(column, np.float32)
+    part.replace(path)  # a rename is whole or not at all
 
 
-def load_hdf5(path: Path, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
-    """Read and check a file in D4RL's layout. Raises: UserError with what was found and what is needed."""
-    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), terminals=(), timeouts=())
-    raw = {}
-    try:
-        with np.errstate(all="ignore"), h5py.File(path, "r") as file:
-            if not set(shapes) - {"timeouts"} <= set(file):
-                raise UserError(f"{path.name}: found the keys {', '.join(file) or '(none)'}, needs "
-                                f"{', '.join(shapes)} (the last is optional)")
-            rows = getattr(file["observations"], "shape", ())[:1]
-            # A damaged or hostile file can claim any size; no compression makes more than 1,100 bytes of one.
-            claimed, most = 4 * (obs_dim + act_dim) * rows[0] if rows else 0, 1100 * path.stat().st_size
-            if claimed > most:
-                raise UserError(f"{path.name}: claims {rows[0]:,} rows, more than it can hold: get it again")
-            for name, column in ((name, file[name]) for name in shapes if name in file):
-                fits = getattr(column, "shape", None) == rows + shapes[name] and column.dtype.kind in "fbiu"
-                if not fits or rows < (2,):
-                    raise UserError(f"{path.name}: {name} is {column}; this task needs numbers of shape "
-                                    f"{(*rows, *shapes[name])}, 2 rows or more")
-                raw[name] = column[...].astype(bool if name in ("terminals", "timeouts") else np.float32)
-    except UserError:
-        raise
-    except Exception as e:  # h5py's many ways to say that a file is damaged
-        raise UserError(f"{path}: not a whole HDF5 file ({e}); download or write it again") from e
-    for name in ("observations", "actions", "rewards"):
-        if (bad := ~np.isfinite(raw[name].reshape(*rows, -1)).all(1)).any():
-            raise UserError(f"{path.name}: {name} has NaN or inf in {bad.sum()} rows, the first is row "
-                            f"{bad.argmax()}; expected numbers: remove these rows")
-    if (peak := np.abs(raw["actions"]).max()) > 1 + 1e-6:
-        raise UserError(f"{path.name}: actions reach {peak:.4g}, expected within ±1: rescale the box, "
-                        "2·(a − low)/(high − low) − 1")
+def load_hdf5(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
+    raw, shapes = {}, {"observations": env.observation_space.shape}
+    shapes["actions"] = env.action_space.shape  # all else: one number per row
+    with explain(f"{path}: no whole HDF5 file of this task"), h5py.File(path) as file:
+        missing = set(KEYS) - {"timeouts"} - file.keys()
+        if missing:
+            raise ValueError(f"has keys {', '.join(file)}; also needs {missing}")
+        rows = len(file["observations"])
+        for name in filter(file.__contains__, KEYS):
+            found, row = file[name], shapes.get(name, ())
+            if found.file.filename != file.filename or found.is_virtual or found.external:
+                raise ValueError(f"{name} lies outside of the file: copy it into it")
+            if found.shape != (rows, *row) or rows < 2 or found.dtype.kind not in "fbiu":
+                raise ValueError(f"{name} is {found}; needs rows of {row}")
+            # A damaged file can claim any size; a byte may unpack to 1,100.
+            if 4 * found.size > 1100 * path.stat().st_size:
+                raise ValueError(f"claims {rows:,} rows, too many for its size")
+            with np.errstate(over="ignore"):  # becomes inf, and is refused
+                raw[name] = found[...].astype(bool if name[0] == "t" else np.float32)
+            bad = np.argwhere(~np.isfinite(raw[name]))
+            if len(bad):
+                raise ValueError(f"NaN or inf in {name}, row {bad[0, 0]}: remove it")
+        peak = np.abs(raw["actions"]).max()
+        if peak > 1 + 1e-6:
+            raise ValueError(f"actions reach {peak:.4g}, expected within ±1")
     return raw
 
 
-def mark_time_limits(terminals: np.ndarray, horizon: int) -> np.ndarray:
-    """Time limits of a file that does not mark them, bool (rows,): every horizon-th row of an episode.
-
-    d4rl counts from 1 after a terminal, from 0 after a limit: a quirk that we copy to get its arrays.
-    """
-    limits, start, count = np.zeros_like(terminals), 0, 0
-    for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):  # per episode, not per row
-        limits[start + horizon - 1 - count : end + 1 : horizon] = True
-        start, count = end + 1, int(not limits[end])
-    return limits
-
-
-def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of a file -> transitions (keys of Batch), the same arrays as d4rl.qlearning_dataset.
-
-    s' of row t is row t+1's observation: so the last row goes, and each row at a time limit. After a terminal
-    the successor is another episode's too, but 1 − d = 0 takes it out.
-    """
-    keep = np.flatnonzero(~raw["timeouts"][:-1])
-    data = {name: raw[name][keep] for name in ("observations", "actions", "rewards")}
-    return data | {"next_observations": raw["observations"][keep + 1], "terminations": raw["terminals"][keep]}
+def to_transitions(raw: dict) -> dict[str, np.ndarray]:  # d4rl.qlearning_dataset
+    # s' is the next row's observation: the last row goes, and each at a time limit.
+    # After a terminal it is another episode's too, but 1 − d = 0 takes it out.
+    keep = np.flatnonzero(~raw["timeouts"][:-1])  # rows that have a successor
+    return {
+        "observations": raw["observations"][keep],
+        "actions": raw["actions"][keep],
+        "rewards": raw["rewards"][keep],
+        "next_observations": raw["observations"][keep + 1],
+        "terminations": raw["terminals"][keep],
+    }
 
 
 class RewardRule(NamedTuple):
-    """The reward and the true end that the agent learns from: one rule for the file and for online steps."""
+    """The reward and the true end to learn from: one rule for file and online steps."""
 
-    scale: float  # r ← scale·r + shift: --reward-transform with the dataset's constants
-    shift: float
-    targets: tuple[str, ...]  # of a kitchen with --kitchen-rewards consistent, else empty
+    scale: float  # r ← scale·r + shift
+    shift: float  # both: --reward-transform with the dataset's constants
+    targets: tuple[str, ...]  # a kitchen's, with --kitchen-rewards consistent
 
-    def __call__(self, obs, rewards, next_obs, ends):
-        """obs (..., O), rewards (...), next_obs (..., O), ends (...) -> rewards (...), ends (...)."""
+    def __call__(self, obs, rewards, next_obs, ends):  # rows, or one: -> rewards, ends
+        # A kitchen's file pays the number of satisfied sub-tasks in every row, the
+        # environment each once: two reward functions, not to meet in one buffer.
+        # satisfied(s) − 4 ≤ 0, so finishing is worth most; the end is all four at s'.
         if self.targets:
-            # A kitchen file pays the number of satisfied sub-tasks in every row, the environment each once:
-            # two reward functions, which must not meet in one buffer. satisfied(s) − 4 is at most 0, so
-            # finishing is worth most and waiting never pays. The one true end is all four at once.
             rewards = kitchen_done(obs, self.targets).sum(-1) - float(len(self.targets))
             ends = kitchen_done(next_obs, self.targets).all(-1)
         return self.scale * rewards + self.shift, ends
 
 
-def load_dataset(args: Args, task: Task, env: gym.Env) -> tuple[dict[str, np.ndarray], RewardRule, dict]:
-    """Find, check, convert: transitions (keys of Batch), their RewardRule, and facts for summary.json."""
-    path = find_dataset(args)
-    raw = load_hdf5(path, env.observation_space.shape[0], env.action_space.shape[0])
-    if task.family == "kitchen" and np.abs(raw["observations"][:, 30:] - env.unwrapped.goal).max() > 1e-3:
-        raise UserError(f"{path.name}: its observations hold the goals of another kitchen than {args.env_id}")
-    targets = task.targets if args.kitchen_rewards == "consistent" else ()
-    if targets:  # a kitchen file calls each demonstration's last row terminal, solved or not: a time limit
-        raw["timeouts"] = raw["terminals"] | raw.get("timeouts", False)
-        raw["terminals"] = np.zeros_like(raw["timeouts"])
-    elif "timeouts" not in raw:
-        horizon = task.horizon or env.spec.max_episode_steps or len(raw["terminals"])
-        raw["timeouts"] = mark_time_limits(raw["terminals"], horizon)
-    if task.family == "antmaze":  # a row whose successor is more than a cell away ends its episode
-        jumps = np.append(np.linalg.norm(np.diff(raw["observations"][:, :2], axis=0), axis=1) > 4.0, False)
-        jumps &= ~(raw["timeouts"] | raw["terminals"])
-        raw["timeouts"] |= jumps
-        if jumps.any() or args.env_id.endswith("-v0"):
-            print(f"warning: {jumps.sum()} teleports, steps of over a cell without a time-out, are dropped"
-                  + "; v0's time-outs are out of step: prefer v2" * args.env_id.endswith("-v0"))
-    data, ends = to_transitions(raw), raw["terminals"] | raw["timeouts"]
-    returns = np.add.reduceat(raw["rewards"], np.flatnonzero(np.append(True, ends[:-1])), dtype=np.float64)
-    print(reward_check(raw, ends, task, env))
-    columns = [data[name] for name in ("observations", "rewards", "next_observations", "terminations")]
-    rewards, _ = RewardRule(1.0, 0.0, targets)(*columns)
-    # Where no reward is positive (the kitchen's satisfied − 4), the largest would turn the signs, or divide
-    # by 0: there the largest in magnitude takes its place, and rewards lie in [−1, 0].
-    largest = rewards.max() if rewards.max() > 0 else np.abs(rewards).max()
-    with np.errstate(divide="ignore"):
-        scales = {"return_range": 1000.0 / np.ptp(returns), "max": 1.0 / largest, "x100": 100.0}
-    scale = float(scales.get(args.reward_transform, 1.0))
-    shift = -1.0 if args.reward_transform == "minus_one" else 0.0
-    if not np.isfinite(scale):
-        raise UserError(f"{path.name}: all episodes return {returns[0]:g}, no range to scale by: use "
-                        "--reward-transform none")
-    rule = RewardRule(scale, shift, targets)
-    data["rewards"], data["terminations"] = (x.astype(np.float32) for x in rule(*columns))
+def make_rule(transform: str, targets: tuple, rewards, returns) -> RewardRule:
+    scale = {"x100": 100.0}.get(transform, 1.0)
+    if transform == "return_range":
+        if np.ptp(returns) == 0:
+            raise UserError("all episodes return the same: use --reward-transform none")
+        scale = 1000.0 / np.ptp(returns)
+    if transform == "max":
+        largest = rewards.max()
+        if largest <= 0:  # a kitchen's satisfied − 4: dividing would turn the signs
+            largest = np.abs(rewards).max()
+        scale = 1.0 / (largest or 1.0)
+    return RewardRule(float(scale), {"minus_one": -1.0}.get(transform, 0.0), targets)
+
+
+def mark_ends(args: Args, task: Task, env: gym.Env, raw: dict) -> None:
+    obs, ends = raw["observations"], raw["terminals"]  # to be put right, in place
+    if task.family == "kitchen" and np.abs(obs[:, 30:] - env.unwrapped.goal).max() > 1e-3:
+        raise UserError(f"--dataset is of another kitchen than {args.env_id}")
+    if task.family == "kitchen" and args.kitchen_rewards == "consistent":
+        # A file calls a demonstration's last row terminal, solved or not: a time limit.
+        raw["timeouts"] = ends | raw.get("timeouts", False)
+        raw["terminals"] = np.zeros_like(ends)
+    if "timeouts" not in raw:
+        raw["timeouts"], step = np.zeros_like(ends), 0
+        limit = env.get_wrapper_attr("_max_episode_steps")
+        for t, end in enumerate(ends):
+            step += 1
+            if step == limit:
+                raw["timeouts"][t] = True
+                step = 0  # d4rl counts from 0 after a limit,
+            elif end:
+                step = 1  # from 1 after a terminal
+    if task.family == "antmaze":  # a next row over a cell away is another episode's
+        far = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1) > 4.0
+        far = np.append(far, False) & ~(raw["timeouts"] | ends)
+        raw["timeouts"] |= far
+        if far.any():
+            print(f"warning: {far.sum()} teleports dropped, prefer v2")
+
+
+def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict] = None):
+    """Find, check, convert: transitions (keys of Batch), RewardRule, facts."""
+    path = find_dataset(args, env)
+    raw = load_hdf5(path, env)
+    mark_ends(args, task, env, raw)
+    data = to_transitions(raw)
+    if len(data["rewards"]) == 0:
+        raise UserError(f"{path.name}: every row is a time limit")
+    over = raw["terminals"] | raw["timeouts"]  # last rows of episodes
+    starts = np.flatnonzero(np.append(True, over[:-1]))
+    returns = np.add.reduceat(raw["rewards"], starts, dtype=np.float64)  # one per episode
+    targets = ()
+    if args.kitchen_rewards == "consistent":
+        targets = KITCHENS.get(args.env_id, ())
+    obs, next_obs = data["observations"], data["next_observations"]
+    plain = RewardRule(1.0, 0.0, targets)  # the transform's constants are of its rewards
+    rewards, ends = plain(obs, data["rewards"], next_obs, data["terminations"])
+    rule = make_rule(args.reward_transform, targets, rewards, returns)
+    if saved:  # its critics are in that rule's units, whatever the data
+        rule = RewardRule(*saved["rule"], targets)
+    data["rewards"] = (rule.scale * rewards + rule.shift).astype(np.float32)
+    data["terminations"] = ends.astype(np.float32)
     if args.base == "iql":  # as in its authors' code
         data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
-    values = [f"{value:.3g}" for value in np.unique(raw["rewards"])]
-    facts = {
-        "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ends),
-        "dropped": len(ends) - len(data["rewards"]), "episodes": len(returns), "return_min": returns.min(),
-        "return_mean": returns.mean(), "return_max": returns.max(), "ends": data["terminations"].sum(),
-        "rewards": ", ".join(values) if len(values) < 7 else f"{values[0]}…{values[-1]}",
-        "trained_on": f"{scale:.4g}·{'(satisfied sub-tasks − 4)' if targets else 'r'}{shift:+g}"}
-    print("data: {file}: {rows:,} rows, {episodes:,} episodes, return min/mean/max {return_min:.1f}/"
-          "{return_mean:.1f}/{return_max:.1f}, rewards {rewards}; dropped {dropped:,} rows without successor;"
-          " {ends:.0f} true ends; trained on {trained_on}".format(**facts))
-    return data, rule, facts
 
-
-def reward_check(raw: dict[str, np.ndarray], ends: np.ndarray, task: Task, env: gym.Env) -> str:
-    """One line: do the file and the environment pay the same reward?"""
-    obs, rewards, env = raw["observations"], raw["rewards"], env.unwrapped
+    # Two lines to read before hours are spent.
+    rows, low, high = len(raw["rewards"]), returns.min(), returns.max()
+    size = f"{rows:,} rows, {len(returns):,} episodes, {ends.sum():.0f} true ends"
+    print(f"data: {path.name}, {size}, returns {low:.1f} to {high:.1f}")
+    line = f"rewards: trained on {rule.scale:.4g}·r{rule.shift:+g}"
+    if targets:
+        line += f", r = satisfied sub-tasks − {len(targets)}"
     if task.family == "kitchen":
-        episodes = np.split(obs, np.flatnonzero(ends) + 1)
-        once = sum(kitchen_done(episode, task.targets).any(0).sum() for episode in episodes)
-        same = rewards.sum() == once
-        words = f"the file pays {rewards.sum():.0f}, the environment would pay {once}, +1 once per sub-task"
-    elif task.family == "antmaze":
-        paid = obs[1:, :2][rewards[:-1] > 0]
-        near = np.linalg.norm(paid - paid.clip(env.goal_cell, env.goal_cell + 1.5), axis=1) <= 0.5
-        same = near.all()
-        words = f"{len(paid)} rows pay, {near.sum()} of them within 0.5 m of where the goal can be"
-    elif task.family == "locomotion":
-        # An observation is (qpos without x, qvel), and no reward depends on x: replay some rows.
-        errors = []
-        env.reset(seed=0)  # the run seeds it anew
-        for t in np.linspace(0, len(rewards) - 2, 200).astype(int):
-            qpos, qvel = np.split(np.append(0.0, obs[t]), [env.model.nq])
-            # Hopper and Walker2d hide what is faster than 10: such a state cannot be restored.
-            if np.abs(qvel).max() < 10 or task.gym_id == "HalfCheetah-v4":
-                env.set_state(qpos, qvel)
-                errors.append(abs(env.step(raw["actions"][t])[1] - rewards[t]))
-        worst = max(errors, default=np.inf)
-        same = worst < 1e-2
-        words = f"{len(errors)} rows replayed in {task.gym_id}, largest difference {worst:.1e}"
-    else:
-        return "rewards: the file's, unchecked (this environment cannot be set to a row's state)"
-    hint = "as in D4RL's files, see --kitchen-rewards" if task.targets else "is this the right file?"
-    return f"rewards: {'the same' if same else f'NOT the same, {hint}'}: {words}"
+        done = kitchen_done(raw["observations"], KITCHENS[args.env_id])
+        paid, once = raw["rewards"].sum(), np.logical_or.reduceat(done, starts).sum()
+        line += f"; the file pays satisfied sub-tasks in every row, {paid:.0f} in all, "
+        line += f"the environment each once, {once}"
+    print(line)
+    return data, rule, dict(file=path.name, sha256=pooch.file_hash(path), rows=rows)
 
 
-# ==== 9. Evaluation =========================================================================================
-EVALS = tuple(f"eval/{x}" for x in "score score_std return length q_start discounted_return success".split())
-
-
+# ==== 9. Evaluation ====
 @torch.no_grad()
-def evaluate(agent: Base, envs: list[gym.Env], rule: RewardRule, task: Task, args: Args, seed: int) -> dict:
-    """One episode in each environment, side by side, with a single policy call per step for all of them.
-
-    Always from the same seeds, so that a change of the score is the policy's and not the draw's. q_start is
-    mean Q at the first states, discounted_return what the episodes then gave of the reward trained on, up to
-    the time limit: while q_start still moves, or lies far off, the critics are not to be trusted.
-    """
+def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -> dict:
+    """One episode per environment, side by side: one policy call a step for all."""
+    # From the same seeds always: a change of the score is the policy's, not the draw's.
     n, device = len(envs), next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    args = replace(args, proposal="mean", explore="o3f" if args.eval_action == "optimistic" else "policy")
+    explore = {"policy": "policy", "optimistic": "o3f"}[args.eval_action]
+    args = replace(args, explore=explore, proposal="mean")  # no sample of the policy
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, discounted, lengths, q_start, running = np.zeros(n), np.zeros(n), np.zeros(n), None, np.arange(n)
-    while len(running):
+    first = torch.as_tensor(obs, dtype=torch.float32, device=device)
+    q_start = agent.q_values(first, agent.policy(first, sample=False)).mean().item()
+    returns, discounted, lengths = np.zeros(n), np.zeros(n), np.zeros(n)
+    ended = np.zeros(n, bool)  # episodes differ in length
+    while not ended.all():
+        running = np.flatnonzero(~ended)
         obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
         actions, _ = explore_action(agent, obs_tensor, args, generator)
-        q_start = agent.q_values(obs_tensor, actions).mean().item() if q_start is None else q_start
-        steps = [envs[i].step(action)[:4] for i, action in zip(running, actions.cpu().numpy())]
-        next_obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps))
-        train_rewards, _ = rule(obs[running], rewards, next_obs, terminated)
-        obs[running] = next_obs
-        returns[running] += rewards
-        discounted[running] += args.gamma ** lengths[running] * train_rewards
-        lengths[running] += 1
-        running = running[~(terminated | truncated)]
+        for i, action in zip(running, actions.cpu().numpy()):
+            next_obs, reward, terminated, truncated, _ = envs[i].step(action)
+            train_reward, _ = rule(obs[i], reward, next_obs, terminated)
+            returns[i] += reward
+            discounted[i] += args.gamma ** lengths[i] * train_reward
+            lengths[i] += 1
+            obs[i] = next_obs
+            ended[i] = terminated or truncated
     scores = task.score(returns)
-    success = (scores >= 100.0).mean()  # the goal of a maze, all sub-tasks of a kitchen
-    values = scores.mean(), scores.std(), returns.mean(), lengths.mean(), q_start, discounted.mean(), success
-    return dict(zip(EVALS, map(float, values)))
+    results = {
+        "eval/score": scores.mean(),
+        "eval/score_std": scores.std(),
+        "eval/return": returns.mean(),
+        "eval/length": lengths.mean(),
+        # While these two differ or still move, the critics are not to be trusted.
+        "eval/q_start": q_start,  # what they expect at the first states
+        "eval/discounted_return": discounted.mean(),  # what came of it
+    }
+    if task.family in ("kitchen", "antmaze"):
+        results["eval/success"] = (scores >= 100.0).mean()  # all sub-tasks, or the goal
+    return results
 
 
-# ==== 10. Files =============================================================================================
-VERSION = 2  # of saved files
+# ==== 10. Saved agents, the run's folder, the command line ====
+VERSION = 3  # of saved files
+# What a saved agent and the run that loads it must agree in.
+IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
+# In which the runs of one curve may differ.
+OWN = "seed run_dir resume load device track plot plot_to log_every checkpoint_minutes".split()
+# Numbers from 0 to 1.
+SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
 
 
-def write_whole(path: Path, state: dict, keep: Optional[Path] = None) -> None:
-    """torch.save, there whole or not at all; the file that was there before becomes `keep`, or goes."""
-    part = path.with_name(path.name + ".part")
-    try:
+def pick_device(name: str) -> torch.device:
+    if name == "auto" and not torch.cuda.is_available():
+        name = "cpu"
+    return torch.device(name.replace("auto", "cuda"))
+
+
+def save(path: Path, agent: Base, rule: RewardRule, step: int, **more) -> None:
+    """All of an agent, in tensors and plain values; there whole or not at all."""
+    state = dict(version=VERSION, step=step, args=asdict(agent.args), sizes=agent.sizes)
+    state |= dict(rule=[rule.scale, rule.shift], agent=agent.state_dict())
+    state |= dict(optimizer=agent.optimizer.state_dict(), **more)
+    part = path.with_name(f"{path.name}.part")
+    with contextlib.ExitStack() as stack, explain(f"{path} cannot be written"):
+        stack.callback(part.unlink, missing_ok=True)
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # a renamed file that is still in memory would not survive a power cut
-        if keep and path.exists():
-            path.replace(keep)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+            os.fsync(file.fileno())  # else a power cut may lose it
+        part.replace(path)  # never a moment without a whole file
 
 
-def load_saved(paths: list[Path], flag: str) -> dict:
-    """The first of the files that is whole and of this version. Raises: UserError with what is wrong."""
-    problems = []
-    for path in paths:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: runs no code of it
-            if saved["version"] == VERSION:
-                if problems:
-                    print(f"warning: {'; '.join(problems)}: going on from {path.name}, step {saved['step']}")
-                return saved
-            problems.append(f"{path.name} is of version {saved['version']}, not {VERSION}")
-        except Exception as e:  # torch.load has many ways to fail
-            problems.append(f"{path.name} is no whole file of this program ({type(e).__name__})")
-    raise UserError(f"{flag}: {'; '.join(problems)}: give what this program saved")
+def load_saved(args: Args) -> Optional[dict]:
+    if not (args.resume or args.load):
+        return None
+    path = Path(args.resume, "checkpoint.pt") if args.resume else Path(args.load)
+    if not path.is_file():
+        wrong = f"{args.resume or args.load}: no checkpoint there yet, or no such file"
+        raise UserError(f"{wrong}; --resume takes a run's folder, --load a file")
+    with explain(f"{path} is no whole file of this program"):  # nor is code in it run
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["version"] != VERSION:
+            raise ValueError(f"it is of version {saved['version']}, not {VERSION}")
+        if args.resume and "rows" not in saved:
+            raise ValueError("it is an agent, no checkpoint: use --load")
+    return saved
 
 
-def agent_state(agent: Base, rule: RewardRule, step: int) -> dict:
-    """Networks, targets, optimiser and what another run must share with them, as tensors and plain values."""
-    names = ("env_id", "base", "kitchen_rewards", "num_critics", "hidden_dim", "latent_dim")
-    identity = {name: getattr(agent.args, name) for name in names}
-    identity |= {"reward scale": rule.scale, "reward shift": rule.shift}
-    return {"version": VERSION, "step": step, "args": asdict(agent.args), "identity": identity,
-            "agent": agent.state_dict(), "optimizer": agent.optimizer.state_dict()}
+def make_agent(args: Args, data: Optional[dict], saved: Optional[dict], device) -> Base:
+    """An agent that has seen the dataset (keys of Batch), or a saved one."""
+    if saved:
+        agent = BASES[args.base](args, *saved["sizes"]).to(device)
+        weights = agent.optimizer.param_groups[0]["params"]
+        with explain("the saved agent does not fit its flags"):
+            agent.load_state_dict(saved["agent"])
+            for i, adam in saved["optimizer"]["state"].items():
+                # Adam checks no shapes, and writes past the end of what is too small.
+                if not adam["exp_avg"].shape == adam["exp_avg_sq"].shape == weights[i].shape:
+                    raise ValueError(f"Adam's state of weight {i} has another shape")
+            agent.optimizer.load_state_dict(saved["optimizer"])
+        agent.optimizer.param_groups[0]["lr"] = args.learning_rate  # not the file's
+    else:
+        sizes = data["observations"].shape[1], data["actions"].shape[1]
+        agent = BASES[args.base](args, *sizes).to(device)
+        agent.see_dataset(data)
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the draws of the eager update
+        for name in agent.HOT:
+            setattr(agent, name, torch.compile(getattr(agent, name)))
+    return agent
 
 
-def put_agent(saved: dict, agent: Base, rule: RewardRule, flag: str) -> None:
-    """Restore an agent in place. Raises: UserError where it is of another task, base, size or reward."""
-    for name, now in agent_state(agent, rule, 0)["identity"].items():
-        then = saved["identity"].get(name)
-        if then != now and not (name[:6] == "reward" and np.isclose(then, now)):
-            raise UserError(f"{flag}: trained with {name} {then}, this run has {now}: change one of them")
-    agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(saved["optimizer"])
-    agent.optimizer.param_groups[0].update(lr=agent.args.learning_rate, capturable=agent.args.cuda_graph)
+def load_agent(path: str, device: str = "cpu") -> Base:
+    """A saved agent, to act with: load_agent(path).policy(obs, sample=False)."""
+    saved = load_saved(Args(load=str(path)))
+    args = replace(Args(**saved["args"]), compile=False)
+    return make_agent(args, None, saved, torch.device(device))
 
 
-class RunLog:
-    """The run's folder: config.json, metrics.csv, episodes.csv, TensorBoard, summary.json, curve.png.
+class Run(contextlib.ExitStack):
+    """A run's folder, books and checkpoints; gives the algorithm its steps."""
 
-    The rows stay in memory too: checkpoint and summary are made from them. What is added to the next row of
-    metrics stays on the device until that row is written.
-    """
+    BOOKS = "step episode sums count seconds scores".split()  # a checkpoint has them all
 
-    def __init__(self, folder: Path, args: Args, metrics: tuple[str, ...], saved: Optional[dict] = None):
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only a run needs it
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        if args.track:
+    def __init__(self, args, task, agent, buffer, rule, generator, facts, eval_seed, saved):
+        super().__init__()  # what is opened here is closed at the end of main's `with`
+        self.args, self.task, self.rule = args, task, rule
+        self.agent, self.buffer, self.facts = agent, buffer, facts
+        self.generator, self.eval_seed = generator, eval_seed
+        self.step = -args.offline_steps  # the last one that is done
+        self.episode, self.seconds, self.scores = 0, {}, {}
+        self.sums, self.count = torch.zeros((), device=buffer.rows.device), 0  # of metrics
+        self.stop, self.saved_step, self.saved_at = False, None, time.monotonic()
+        self.open_folder(saved)
+        self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
+        if threading.current_thread() is threading.main_thread():  # others may not
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, signum, signal.signal(signum, self.note_signal))
+        print(f"run: {self.folder} on {buffer.rows.device}")
+
+    def open_folder(self, saved: Optional[dict]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow: only if needed
+
+        args, config = self.args, asdict(self.args)
+        name = re.sub("[/:]", "-", f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}")
+        name = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = Path(args.resume or args.run_dir or name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The system frees this lock however the process ends.
+        with explain(f"{self.folder}: another process is writing there"):
+            self.enter_context(filelock.FileLock(self.folder / ".lock", timeout=0))
+        if args.resume:
+            self.restore(saved)
+        else:
+            if len(os.listdir(self.folder)) > 1:  # more than the lock
+                raise UserError(f"--run-dir {self.folder}: not empty, choose a new one")
+            if args.load:
+                self.step, config["pretraining"] = 0, saved["args"]
+            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if args.track:  # copies what TensorBoard gets
             wandb = importlib.import_module("wandb")
-            wandb.init(project="o3f", name=folder.name, config=asdict(args), sync_tensorboard=True)
-        saved = saved or {"next_step": None, "rows": {}, "sums": {}, "seconds": {}, "laps": {}}
-        self.folder, self.sums = folder, saved["sums"]
-        self.board = SummaryWriter(str(folder), purge_step=saved["next_step"], flush_secs=5)
-        self.seconds, self.laps = Counter(saved["seconds"]), Counter(saved["laps"])
-        self.last_lap = time.perf_counter()
-        columns = {"metrics": ["step", "phase", *EVALS, *metrics],
-                   "episodes": ["step", "return", "score", "length"]}
-        self.rows = {table: saved["rows"].get(table, []) for table in columns}
-        self.csv = {table: csv.DictWriter(open(folder / f"{table}.csv", "w", 1, newline=""), names)
-                    for table, names in columns.items()}
-        for table, writer in self.csv.items():
-            writer.writeheader()
-            writer.writerows(self.rows[table])
+            wandb.init(project="o3f", name=self.folder.name, config=config, sync_tensorboard=True)
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        self.callback(self.board.close)  # however the run ends
 
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under this name."""
-        self.seconds[name] += time.perf_counter() - self.last_lap
-        self.laps[name] += 1
-        self.last_lap = time.perf_counter()
+    def note_signal(self, signum, frame) -> None:
+        if self.stop:  # the second one
+            raise KeyboardInterrupt
+        self.stop = True  # print may be in the middle of something, so:
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def write(self, table: str, step: int, values: dict[str, float]) -> None:
-        phase = {"phase": "online" if step > 0 else "offline"} if table == "metrics" else {}
-        self.rows[table].append({"step": step, **phase, **values})
-        self.csv[table].writerow(self.rows[table][-1])
-        for name, value in self.sound(step, values).items():
-            self.board.add_scalar(name if "/" in name else f"{table}/{name}", value, step)
+    def timed(self, name: str, function: Callable) -> Callable:
+        def stopwatch(*args, **kwargs):  # counts seconds, for summary.json
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            return result
 
-    def sound(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """The same values. Raises: UserError where one is no number: the run is lost from there."""
+        return stopwatch
+
+    def steps(self, phase: str, last: int):
+        """Yields the steps of a phase that are still to do, until Ctrl-C or SIGTERM."""
+        if last == self.step == 0 and not self.args.resume:
+            self.evaluate()  # where a loaded agent starts from
+        first, start = self.step + 1, time.monotonic()
+        said = start
+        bar = tqdm(range(first, last + 1), phase, disable=None)  # terminals only
+        for step in bar:
+            if self.stop:  # a signal came
+                return
+            yield step  # the loop's body runs here
+            done, now = step - first + 1, time.monotonic()
+            if done == 100 or (bar.disable and now - said > 60):  # a log has no bar
+                said, pace = now, (now - start) / done  # seconds per step
+                left = tqdm.format_interval((last - step) * pace)
+                line = f"{phase} {step:,}: {1 / pace:.1f} steps/s, {left} to go"
+                if phase == "offline":
+                    online = self.args.online_steps * self.args.utd * pace
+                    line += f", then {tqdm.format_interval(online)} online"
+                tqdm.write(line)
+
+    def record(self, step: int, metrics: dict, episode: Optional[dict] = None) -> None:
+        """After a step, what is due; episode: statistics of one that has ended."""
+        args, self.step = self.args, step
+        self.sums = self.sums + torch.stack(list(metrics.values()))
+        self.count += 1
+        if episode:
+            self.episode += 1
+            score = self.task.score(episode["r"])
+            values = {"return": episode["r"], "score": score, "length": episode["l"]}
+            self.log("episodes", values)
+        is_last = step in (0, args.online_steps)  # of its phase
+        if step % args.log_every == 0 or is_last:
+            means = dict(zip(metrics, (self.sums / self.count).tolist()))
+            self.log("metrics", {"o3f/optimism": 0.0} | means)
+            self.sums, self.count = self.sums.new_zeros(()), 0
+        if step % args.eval_every == 0 or is_last:
+            self.evaluate()
+        if step == 0:
+            save(self.folder / "agent_offline.pt", self.agent, self.rule, step)
+        # Online only between episodes, when no simulator is in mid-air.
+        minutes = (time.monotonic() - self.saved_at) / 60
+        if step == 0 or (minutes >= args.checkpoint_minutes and (step < 0 or episode)):
+            self.checkpoint()
+
+    def log(self, table: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             if not np.isfinite(value):
-                raise UserError(f"{name} is {value} by step {step}: training diverged and has stopped; lower "
-                                f"--learning-rate, --load an earlier agent (if one was saved, it is in "
-                                f"{self.folder})")
-        return values
+                wrong = f"{name} is {value} by step {self.step}: training diverged"
+                raise UserError(f"{wrong}; lower --learning-rate")
+            self.board.add_scalar(f"{table}/{name}", value, self.step)  # for TensorBoard
+        # Closed after each row: nothing waits in a buffer.
+        with open(self.folder / f"{table}.csv", "a") as file:
+            writer = csv.writer(file, lineterminator="\n")  # as restore writes them
+            if file.tell() == 0:  # a new file
+                writer.writerow(["step", *values])
+            writer.writerow([self.step, *values.values()])
 
-    def add(self, names: tuple[str, ...], values: torch.Tensor) -> None:
-        """Sum metrics, values (len(names),), without leaving their device."""
-        total, count = self.sums.get(names, (0.0, 0))
-        self.sums[names] = total + values, count + 1
+    def evaluate(self) -> None:
+        parts = self.agent, self.envs, self.rule, self.task, self.args, self.eval_seed
+        results = self.timed("evaluation", evaluate)(*parts)
+        self.log("evaluations", results)
+        self.scores[self.step] = float(results["eval/score"])
+        line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
+        line += "{eval/q_start:.4g}, discounted return {eval/discounted_return:.4g}"
+        tqdm.write(line.format(self.step, **results))
 
-    def means(self, step: int) -> dict[str, float]:
-        """What was added, averaged; UserError as above."""
-        return self.sound(step, {name: mean for names, (total, count) in self.sums.items()
-                                 for name, mean in zip(names, (total / count).tolist())})
+    def checkpoint(self) -> None:  # if it cannot be written, the older one stays
+        weights = sum(weight.sum() for weight in self.agent.parameters())
+        if not torch.isfinite(weights + self.sums.sum()):
+            raise UserError(f"NaN in the agent by step {self.step}")
+        buffer = self.buffer
+        run = {
+            "books": {name: getattr(self, name) for name in self.BOOKS},
+            # A slice would be saved with all that it is a slice of.
+            "rows": buffer.rows[buffer.num_offline : buffer.size].clone(),
+            "streams": [self.generator.get_state(), torch.get_rng_state()],
+            "cuda": torch.cuda.get_rng_state_all(),  # empty without
+            "sha256": self.facts["sha256"],
+        }
+        with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
+            save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
+            self.saved_step = self.step
+        self.saved_at = time.monotonic()  # after a failure too
 
-    def flush(self, step: int) -> None:
-        """Write what was added, if anything was, as one row."""
-        if self.sums:
-            self.write("metrics", step, self.means(step))
-            self.sums.clear()
+    def restore(self, saved: dict) -> None:
+        if saved["sha256"] != self.facts["sha256"]:
+            raise UserError(f"--resume: {self.facts['file']} has changed, put it back")
+        vars(self).update(saved["books"])  # step, sums, … go on where they were
+        self.saved_step = self.step
+        buffer, rows = self.buffer, saved["rows"]
+        self.sums = self.sums.to(buffer.rows.device)
+        buffer.rows[buffer.size : buffer.size + len(rows)] = rows.to(buffer.rows.device)
+        buffer.size += len(rows)
+        self.generator.set_state(saved["streams"][0])
+        torch.set_rng_state(saved["streams"][1])
+        torch.cuda.set_rng_state_all(saved["cuda"])
+        for path in self.folder.glob("*.csv"):  # drop what is later, or half a line
+            kept = ""
+            for line in path.read_text().splitlines(keepends=True):
+                number = line.partition(",")[0]
+                if line[-1] == "\n" and (number == "step" or int(number) <= self.step):
+                    kept += line
+            path.write_text(kept)
 
-    def finish(self, facts: dict) -> dict:
-        """Write summary.json and curve.png; returns the summary."""
-        evals = {row["step"]: row for row in self.rows["metrics"] if "eval/score" in row}
-        scores = [row["eval/score"] for row in evals.values()] or [None]
-        successes = [row["eval/success"] for row in evals.values()] or [None]
-        online = sum(self.seconds[name] for name in ("act", "environment", "add", "online update"))
-        summary = {
-            "score_offline": evals[0]["eval/score"] if 0 in evals else None, "score_final": scores[-1],
-            "score_best": max(scores), "success_final": successes[-1],
-            "offline_updates_per_s": self.laps["offline update"] / (self.seconds["offline update"] or 1),
-            "online_steps_per_s": self.laps["online update"] / (online or 1),
-            "seconds": self.seconds, **facts}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")
-        self.board.close()
-        if 0 in evals:
-            plot([self.folder], self.folder / "curve.png")
+    def finish(self) -> dict:
+        step, finished = self.step, self.step == self.args.online_steps  # or stopped
+        if finished:
+            save(self.folder / "agent_final.pt", self.agent, self.rule, step)
+        elif step <= 0:  # stopped offline: nothing is lost
+            self.checkpoint()
+        summary = dict(finished=finished, last_step=step, scores=self.scores)
+        summary |= dict(seconds=self.seconds, dataset=self.facts, args=asdict(self.args))
+        summary |= dict(versions=dict(torch=torch.__version__, mujoco=mujoco.__version__))
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if finished:
+            print(f"score {self.scores[step]:.1f}; files in {self.folder}")
+        elif self.saved_step is None:
+            print(f"stopped at step {step:,}, before the first checkpoint")
+        else:
+            lost = step - self.saved_step
+            print(f"stopped; {lost:,} steps after the last checkpoint are lost")
+            print("python", shlex.join([sys.argv[0], "--resume", str(self.folder)]))
         return summary
 
 
 def plot(folders: list[Path], path: Path) -> str:
-    """Draw runs' curves to a file, grouped by configuration; returns their table in Markdown.
-
-    Figure, per group: the mean over seeds, with its 95 % bootstrap interval; of a single run, one standard
-    deviation over the evaluation's episodes. Table: means, and in brackets every run's own number, by seed;
-    area is the mean score of the online phase. Raises: UserError.
-    """
+    """Draw runs, or all in these folders; returns a Markdown table of their scores."""
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-    own = "seed run_dir load save device track log_every checkpoint_every compile cuda_graph".split()
-    groups, columns = {}, ("eval/score", "eval/score_std")
+
+    configs, groups = [], {}  # groups: flags -> seed -> {step: score}
     for folder in folders:
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-            curve = {int(row["step"]): [float(row[x]) for x in columns] for row in rows if row[columns[0]]}
-            curve[0], config["seed"], config["eval_episodes"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"--plot {folder}: no run with an evaluation at step 0 ({e!r})") from e
-        key = json.dumps({name: value for name, value in config.items() if name not in own})
-        groups.setdefault(key, []).append((config["seed"], curve))
-    configs = [json.loads(key) for key in groups]
-    differ = [name for name in asdict(Args()) if len({str(config.get(name)) for config in configs}) > 1]
-    # A curve's name: the way to explore, and the flags in which it departs from most of the others.
-    usual = {name: Counter(str(config.get(name)) for config in configs).most_common(1)[0] for name in differ}
-    usual = {name: value for name, (value, n) in usual.items() if n > len(configs) / 2 and name != "explore"}
-    figure = Figure(figsize=(7, 3.8 + 0.18 * len(groups)), dpi=120, layout="constrained")
-    axes, rng = figure.subplots(), np.random.default_rng(0)
-    header = f"runs (else {', '.join(map(' '.join, usual.items()))})" if usual else "runs"
-    table = f"| {header} | seeds | offline | final | best | area | episodes |\n{'|---' * 7}|\n"
-    for config, runs in zip(configs, groups.values()):
-        seeds, curves = zip(*sorted(runs, key=lambda run: run[0]))
-        steps = np.array(sorted(set.intersection(*map(set, curves))))  # evaluated in every run of the group
-        scores, stds = np.array([[curve[step] for step in steps] for curve in curves]).transpose(2, 0, 1)
-        mean = scores.mean(0)
-        draws = scores[rng.integers(len(scores), size=(2000, len(scores)))].mean(1)
-        band = np.percentile(draws, (2.5, 97.5), axis=0) if len(curves) > 1 else mean + [-stds[0], stds[0]]
-        names = [name for name in differ if usual.get(name) != str(config.get(name))]
-        label = ", ".join(f"{name} {config.get(name)}" for name in names or ("env_id", "base", "explore"))
-        (line,) = axes.plot(steps, mean, ".-", label=label)
-        axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
-        x, y = steps[steps >= 0], scores[:, steps >= 0]  # (evaluations,), (runs, evaluations)
-        area = ((y[:, 1:] + y[:, :-1]) / 2 * np.diff(x)).sum(1) / x[-1] if x[-1] else y[:, 0]
-        cells = [", ".join(map(str, seeds))]
-        for values in (y[:, 0], y[:, -1], y.max(1), area):
-            each = ", ".join(f"{value:.1f}" for value in values)
-            cells.append(f"{values.mean():.1f} ({each})" if len(curves) > 1 else each)
-        table += f"| {label} | {' | '.join(cells)} | {config['eval_episodes']} |\n"
+        configs += sorted(folder.glob("*/config.json")) or [folder / "config.json"]
+    for config in configs:
+        with explain(f"--plot {config.parent}: no run with an evaluation"):
+            args = json.loads(config.read_text())
+            lines = config.with_name("evaluations.csv").read_text().splitlines()
+            curve = {int(x["step"]): float(x["eval/score"]) for x in csv.DictReader(lines)}
+            max(curve)  # raises where there is none
+        flags = {f"{name} {args[name]}" for name in args.keys() - {"pretraining", *OWN}}
+        before = args.get("pretraining", {})
+        flags |= {f"pretrained with {name} {before[name]}" for name in before.keys() - set(OWN)}
+        curves, seed = groups.setdefault(frozenset(flags), {}), args["seed"]
+        if seed in curves:
+            raise UserError(f"--plot {config.parent}: a second run of seed {seed}")
+        curves[seed] = curve
+    axes = Figure(figsize=(7, 4 + 0.2 * len(groups)), dpi=120, layout="constrained").subplots()
+    table = f"| runs | seeds | first | last |\n{'|---' * 4}|\n"
+    for flags, curves in groups.items():
+        steps = sorted(set.intersection(*map(set, curves.values())))  # those of all
+        scores = np.array([[curves[seed][step] for step in steps] for seed in sorted(curves)])
+        # A curve's name: the flags that not all have.
+        label = ", ".join(sorted(flags - frozenset.intersection(*groups)))
+        label = label or f"{args['env_id']} {args['base']} {args['explore']}"
+        axes.plot(steps, scores.mean(0), ".-", label=label)
+        axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
+        table += f"| {label} | {sorted(curves)}"
+        for i in (0, -1):
+            table += f" | step {steps[i]:,}: {scores[:, i].mean():.1f} {scores[:, i].round(1)}"
+        table += " |\n"
     axes.axvline(0, color="black", lw=0.8, ls=":")
-    axes.set(xlabel="offline updates (below 0), environment steps (above)", ylabel="score")
-    figure.legend(loc="outside lower left", frameon=False, fontsize="small")
-    figure.savefig(path)
+    axes.set_xlabel("offline updates | environment steps, from the dotted line on")
+    is_return = get_task(args["env_id"]).family == "other"
+    axes.set_ylabel("return" if is_return else "D4RL's normalised score")
+    axes.set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
+    axes.figure.legend(loc="outside lower left", frameon=False, fontsize="small")
+    with explain(f"--plot-to {path}: cannot be drawn"):
+        axes.figure.savefig(path)
     return table
 
 
-def provenance(device: torch.device) -> dict:
-    """Versions, device and commit: what a number needs beside it."""
-    describe = "describe --always --dirty --abbrev=40 --exclude=*".split()
-    git = ["git", "-C", str(Path(__file__).resolve().parent), *describe]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    packages = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np, h5py)}
-    return {"device": f"{device} ({platform.machine()}, {hardware}, {torch.get_num_threads()} threads)",
-            "git_commit": commit or None, "versions": {"python": platform.python_version(), **packages}}
+def parse(argv: Optional[list[str]] = None) -> Args:
+    """Flags, read twice: task and base decide the others' defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    # So --help shows the chosen task's values.
+    twice = functools.partial(tyro.cli, Args, args=argv, description=__doc__.partition("\n")[0])
+    first, _ = twice(return_unknown_args=True, add_help=False)
+    given = {arg.partition("=")[0][2:].replace("-", "_") for arg in argv if arg[:2] == "--"}
+    if first.resume and given != {"resume"}:
+        raise UserError("--resume takes the run's own flags: drop the others")
+    if "plot" in given and not first.plot:
+        raise UserError("--plot: name the folders of runs")
+    known = dict(env_id=first.env_id, base=first.base)
+    if first.load:  # a flag that contradicts the file is refused by check
+        saved = load_saved(first)["args"]
+        known = {name: saved[name] for name in IDENTITY}
+    own = BASES[known["base"]].FLAGS
+    for base in BASES.values():  # a flag that does nothing would mislead
+        for name in given.intersection(base.FLAGS).difference(own):
+            raise UserError(f"--{name}: no part of --base {known['base']}")
+    return twice(default=preset(**known))
 
 
-# ==== 11. Both phases =======================================================================================
-@contextlib.contextmanager
-def heed_signals():
-    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between steps; once more stops at once."""
-    seen = []
-
-    def note(signum, frame):
-        seen.append(signum)
-        for either in before:
-            signal.signal(either, signal.default_int_handler)
-        os.write(2, b"\nfinishing this step, then the files; once more stops at once\n")  # print may be busy
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def main(args: Args) -> dict:
-    """Set-up, offline phase, online phase, files; returns the summary."""
-    saved, folder, flag = None, Path(args.resume), f"--resume {args.resume}"
-    if args.resume:
-        if replace(args, resume="") != Args():
-            raise UserError("--resume takes every flag from the run that it resumes: drop the others")
-        saved = load_saved([folder / "checkpoint.pt", folder / "checkpoint_previous.pt"], flag)
-        args = Args(**saved["args"])
-    task = get_task(args.env_id)
-    args = resolve(args, task.family)
-    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    args = replace(args, device=args.device.replace("auto", "cuda" if found == "cuda" else "cpu"))
-    device = torch.device(args.device)
-    if args.dataset not in ("", "random"):  # a run may be resumed from another folder
-        args = replace(args, dataset=str(Path(args.dataset).absolute()))
-    compilers = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    name = f"{args.env_id.replace('/', '-')}-{args.base}-{args.explore}-s{args.seed}"
-    if not saved:
-        folder = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    for wrong, message in (
-        (device.type not in ("cpu", found), f"--device {device}: torch finds only {found} here; use auto"),
-        (args.cuda_graph and (args.compile or device.type != "cuda"),
-         f"--cuda-graph: needs --device cuda (here: {device}), and --compile left out"),
-        (args.compile and device.type == "cpu" and not compilers,
-         "--compile: finds no C++ compiler: install g++ or clang++, or leave the flag out"),
-        (args.track and importlib.util.find_spec("wandb") is None,
-         "--track: package wandb is missing: pip install wandb"),
-        (not saved and folder.is_dir() and any(folder.iterdir()),
-         f"--run-dir {folder}: not empty; choose a new folder, or --resume {folder}"),
-    ):
-        if wrong:
-            raise UserError(message)
-    if args.load and not saved:
-        flag, loaded = f"--load {args.load}", load_saved([Path(args.load)], f"--load {args.load}")
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-    # Independent streams of random draws: evaluating more often, say, changes nothing in training.
-    explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
-    explore_generator = torch.Generator(device).manual_seed(explore_seed)
-    learning = torch if device.type == "cpu" else torch.get_device_module(device)
-    torch.manual_seed(args.seed)  # the global stream: whatever learning draws, and nothing else
-    env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
-    eval_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-    data, rule, data_facts = load_dataset(args, task, env)
-    rows = len(data["rewards"])
-    if args.batch_size > rows:
-        raise UserError(f"--batch-size {args.batch_size}: more than the dataset's {rows} transitions")
-    if args.buffer_size is not None and args.buffer_size <= rows:
-        raise UserError(f"--buffer-size {args.buffer_size}: give more than the dataset's {rows} transitions")
-    agent = AGENTS[args.base](data, args).to(device)
-    agent.optimizer = make_optimizer(agent)
-    buffer = ReplayBuffer(data, args.buffer_size or rows + args.online_steps, device)
-    # Steps up to 0 are offline updates, the others online steps, so that both phases share one axis.
-    first, episode = 1 if args.load else 1 - args.offline_steps, 0
-    if saved:
-        if saved["sha256"] != data_facts["sha256"]:
-            raise UserError(f"{flag}: {data_facts['file']} has changed: put back the file whose sha256 is "
-                            f"{saved['sha256']}")
-        put_agent(saved, agent, rule, flag)
-        first, episode = saved["next_step"], saved["episode"]
-        buffer.restore(saved["online_rows"], saved["cursor"])
-        explore_generator.set_state(saved["explore_state"])
-        learning.set_rng_state(saved["learning_state"])
-        saved["sums"] = {names: (total.to(device), n) for names, (total, n) in saved["sums"].items()}
-    elif args.load:
-        put_agent(loaded, agent, rule, flag)
-    log = RunLog(folder, args, (*agent.METRICS, "o3f/optimism"), saved)
-    print(f"run: {folder} on {device}, {sum(p.numel() for p in agent.parameters()):,} parameters")
-    last_checkpoint = step = first - 1
-
-    def checkpoint(step: int) -> None:
-        """All that a resumed run needs; online only between episodes, when no simulator is in mid-air."""
-        log.means(step)  # raises where a metric is no number, and the next line where a weight is none
-        log.sound(step, {"the sum of weights": sum(p.sum() for p in agent.parameters()).item()})
-        state = agent_state(agent, rule, step) | {
-            "next_step": step + 1, "episode": episode,
-            "online_rows": buffer.rows[buffer.num_offline : buffer.size].clone(), "cursor": buffer.cursor,
-            "explore_state": explore_generator.get_state(), "learning_state": learning.get_rng_state(),
-            "sha256": data_facts["sha256"], "rows": log.rows, "sums": log.sums,
-            "seconds": dict(log.seconds), "laps": dict(log.laps)}
-        try:
-            write_whole(folder / "checkpoint.pt", state, folder / "checkpoint_previous.pt")
-        except OSError as e:
-            tqdm.write(f"warning: no checkpoint at step {step}, the older one stays: {e}")
-        log.lap("checkpoint")
-
-    def keep_books(step: int, last: int, at_rest: bool = True) -> None:
-        """After every step: log, evaluate, save, whichever is due."""
-        nonlocal last_checkpoint
-        if step % args.log_every == 0 or step == last:
-            log.flush(step)
-        if step % args.eval_every == 0 or step == last:
-            results = evaluate(agent, eval_envs, rule, task, args, eval_seed)
-            log.write("metrics", step, results)
-            log.lap("evaluation")
-            phase = "online" if step > 0 else "offline"
-            success = "; success {:.0%}" if task.family in ("kitchen", "antmaze") else ""
-            tqdm.write(("{} {:>8,}: score {:7.1f} ± {:.1f} (return {:.1f}, length {:.0f}); Q at start "
-                        "{:.1f}, discounted return {:.1f}" + success).format(phase, step, *results.values()))
-        due = step == 0 or step - last_checkpoint >= args.checkpoint_every
-        if at_rest and args.checkpoint_every and due:
-            checkpoint(step)
-            last_checkpoint = step
-
-    with heed_signals() as signals:
-        def progress(steps: range, phase: str, unit: str):
-            for step in tqdm(steps, desc=phase, unit=unit, mininterval=1.0, disable=None):
-                if signals:
-                    return
-                yield step
-
-        # -- offline --
-        learn = make_learner(agent, buffer, args, None, 1) if first < 1 else None
-        for step in progress(range(first, 1), "offline", "update"):
-            log.add(agent.METRICS, learn())
-            log.lap("offline update")
-            keep_books(step, last=0)
-        if first == 1 and not (saved or signals):
-            keep_books(0, last=0)
-        if step == 0 and not signals:
-            if args.save and not args.load:
-                write_whole(folder / "agent_offline.pt", agent_state(agent, rule, 0))
-            if args.reset_optimizer:
-                agent.optimizer = make_optimizer(agent)
-
-        # -- online, O3F Algorithm 1: objective, buffer and optimiser carry on --
-        learn = make_learner(agent, buffer, args, args.offline_ratio, args.utd)
-        # Every episode has a seed of its own: a resumed run needs no simulator's inner state. The first reset
-        # draws what an environment draws once, the goal of an ant maze v0 or v1, in a resumed run too.
-        env.reset(seed=env_seed)
-        obs, _ = env.reset(seed=env_seed + episode)
-        for step in progress(range(max(first, 1), args.online_steps + 1), "online", "step"):
-            if args.online_expectile is not None:
-                share = step / args.online_steps if args.anneal == "linear" else 1.0
-                agent.expectile = (1 - share) * args.expectile + share * args.online_expectile
-            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
-            action, optimism = explore_action(agent, obs_tensor, args, explore_generator)
-            log.add(("o3f/optimism",), optimism)
-            action = action[0].cpu().numpy()
-            log.lap("act")
-            if args.overlap:  # a GPU's work is only launched here, and goes on while MuJoCo steps
-                log.add(agent.METRICS, learn())
-                log.lap("online update")
-            next_obs, reward, terminated, truncated, info = env.step(action)
-            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-                raise UserError(f"the environment gave NaN or inf at step {step} (reward {reward}): unstable "
-                                f"simulation; --load an earlier agent (if one was saved, it is in {folder})")
-            log.lap("environment")
-            # A time limit (truncated) ends the episode, not the task: d stays 0 and V(s') counts.
-            train_reward, end = rule(obs, reward, next_obs, terminated)
-            buffer.add(obs, action, train_reward, next_obs, end)
-            log.lap("add")
-            if not args.overlap:
-                log.add(agent.METRICS, learn())
-                log.lap("online update")
-            obs, done = next_obs, terminated or truncated
-            if done:
-                stats, episode = info["episode"], episode + 1  # of raw rewards
-                values = {"return": float(stats["r"]), "score": float(task.score(stats["r"]))}
-                log.write("episodes", step, values | {"length": int(stats["l"])})
-                obs, _ = env.reset(seed=env_seed + episode)
-            keep_books(step, args.online_steps, done)
-
-    finished = step == args.online_steps
-    if not finished:
-        if step <= 0 and args.checkpoint_every:
-            checkpoint(step)
-        log.flush(step)  # not part of the checkpoint, and gone again once the run is resumed
-        way_back = f"--resume {folder} goes on from its checkpoint"
-        print(way_back if (folder / "checkpoint.pt").exists() else "there is no checkpoint", file=sys.stderr)
-    facts = {"status": "finished" if finished else "interrupted", "last_step": step, "args": asdict(args)}
-    summary = log.finish(facts | {"dataset": data_facts} | provenance(device))
-    if args.save:
-        write_whole(folder / "agent_final.pt", agent_state(agent, rule, step))
-    scores = [f"{name[6:]} {x:.1f}" for name, x in summary.items() if name[:6] == "score_" and x is not None]
-    print(f"score: {', '.join(scores)}; files in {folder}")
-    return summary
+def check(args: Args, saved: Optional[dict] = None) -> None:
+    """Refuse the first flag that makes no sense, and say what would."""
+    types = get_type_hints(Args)
+    for name, value in vars(args).items():
+        choices = get_args(types[name])
+        if choices and isinstance(choices[0], str) and value not in choices:
+            raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+        low, high = 0, 1e9  # NaN is in no range
+        if name in SHARES.split():
+            high = 1
+        if types[name] in (int, Optional[int]) and not name.endswith(("steps", "seed")):
+            low = 1
+        if name == "omega":
+            low = -high
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UserError(f"--{name} {value}: give a number from {low} to {high:g}")
+        if saved and name in IDENTITY and saved["args"][name] != value:
+            then = saved["args"][name]
+            raise UserError(f"--load: trained with {name} {then}, this run has {value}")
+    for base in BASES.values():  # from Python; parse knows what was given
+        for name in set(base.FLAGS) - set(BASES[args.base].FLAGS):
+            if getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name}: no part of --base {args.base}")
+    if args.base == "lapo" and args.subset_size > args.num_critics:
+        raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
+    # The largest tensors: a hidden layer of candidates or a batch.
+    widest = max(args.num_candidates, args.batch_size, args.hidden_dim)
+    if widest * args.num_critics * args.hidden_dim > 2**31:
+        raise UserError("lower --num-candidates, --batch-size or --hidden-dim: over 8 GB")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track: pip install wandb")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: none is found, use auto")
 
 
 def cli(argv: Optional[list[str]] = None) -> int:
-    """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C or SIGTERM."""
+    """Flags in, exit code out: 0, 2 after a user's error, 130 after a signal."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # no Greek here? then "?"
     try:
-        args = tyro.cli(Args, args=argv, description=__doc__)
+        args = parse(argv)
         if args.plot:
-            print(plot([Path(folder) for folder in args.plot], Path("plot.png")), "\nfigure: plot.png")
+            print(plot([Path(folder) for folder in args.plot], Path(args.plot_to)))
             return 0
-        return 0 if main(args)["status"] == "finished" else 130
-    except UserError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever a library put in it
+        finished = main(args)["finished"]
+        sys.stdout.flush()  # here, where a reader that has left is no surprise
+        if finished:
+            return 0
+    except BrokenPipeError:  # whoever read our output has left: o3f.py … | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (UserError, OSError, MemoryError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
-    except OSError as e:  # of a path that cannot be written or read, or a full disk: the message names it
-        print(f"error: {e}: is the path right (--run-dir, $D4RL_DATASET_DIR)? any room?", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a second Ctrl-C, or one before there was anything to finish
-        return 130
+    except KeyboardInterrupt:  # a second Ctrl-C, or an early one
+        pass
+    return 130
 
 
 if __name__ == "__main__":
