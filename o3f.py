@@ -22,8 +22,8 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
                       s', r, d ← environment(a_t);  D ← D ∪ {(s, a_t, r, s', d)}
                       π, Q₁…Q_m ← Update(π, Q, batch of D)            the same Update
 
-An offline objective keeps the policy near its data: by itself it tries nothing new. An objective
-that is changed at the switch can destroy what was learned. O3F changes only which action is tried.
+Trained on an offline objective, a policy stays near its data and tries nothing new online; to
+change the objective there can destroy what was learned. O3F changes only which action is tried.
 
 Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one)
            π policy, Q_j critic j of m, V state value, γ discount; Q̂, π⁻, Dec⁻ slow copies
@@ -76,48 +76,52 @@ from tqdm import tqdm
 # ==== 1. Flags ====
 @dataclass
 class Args:
-    """Defaults: the papers' values for locomotion under IQL; preset(env_id, base) has others."""
+    """Defaults: the papers' values for locomotion under IQL, where not marked as ours.
+
+    preset(env_id, base) has those of other tasks and bases.
+    """
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
     base: Literal["iql", "lapo"] = "iql"  # offline algorithm that is fine-tuned
-    seed: int = 0  # seeds learning, exploration, training environment, evaluation: four streams
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and buffer; auto: cuda if found
+    seed: int = 0  # of four streams: learning, exploration, environment, evaluation
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if found
     compile: bool = False  # torch.compile the updates: a minute at start, for GPUs
-    # products of the updates: float32; coarser is faster: TF32 on GPUs, bfloat16 on some CPUs
+    # of matrix products in updates: float32, or TF32 on GPUs and bfloat16 on some CPUs (faster)
     precision: Literal["highest", "high", "medium"] = "highest"
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
-    load: str = ""  # saved agent instead of an offline phase; it brings its task, base and sizes
-    checkpoint_minutes: float = 5.0  # between checkpoints, 0: whenever possible; more = more lost
+    load: str = ""  # a saved agent instead of pretraining; brings its task, base, sizes
+    checkpoint_minutes: float = 5.0  # between checkpoints (0: always); more = more lost
     track: bool = False  # also log to Weights & Biases (pip install wandb)
-    plot: tuple[str, ...] = ()  # draw these runs, or all in these folders, and print a table
+    plot: tuple[str, ...] = ()  # draw these runs, or all in these folders
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
     # -- task and data --
-    dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random: uniform actions; or a file
-    dataset_size: int = 1_000_000  # rows, where they are collected (D4RL 1M); more = wider data
-    # kitchen: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's
+    dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random: collected; or a file
+    dataset_size: int = 1_000_000  # rows to collect (D4RL 1M); more = wider data
+    # consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
-    # return_range: r*1000/(max - min return); max: r/max r; minus_one: r - 1; x100: 100*r
-    reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "return_range"
+    # return_range: 1000 r / (best - worst episode's return in the data); max: r / largest r
+    reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
     offline_steps: int = 1_000_000  # updates before the first environment step (papers 1M)
     online_steps: int = 250_000  # environment steps of fine-tuning (ours; IQL's paper 1M)
-    batch_size: int = 256  # transitions per update (IQL 256, LAPO 512); more = less noise, slower
+    batch_size: int = 256  # rows per update (IQL 256, LAPO 512); more = less noise, slower
     learning_rate: float = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
     gamma: float = 0.99  # γ, discount per step (papers 0.99); more = looks further ahead
     tau: float = 0.005  # rate of the slow copies per update (papers 0.005); more = less stable
     num_critics: int = 5  # m (paper 5); more = a lower minimum, a steadier mean, slower
-    hidden_dim: int = 256  # units per hidden layer (papers 256); more = larger capacity, slower
+    hidden_dim: int = 256  # units per hidden layer (papers 256); more = slower
+    layer_norm: bool = True  # ours (papers: no): in the critics' hidden layers, see mlp
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
     num_candidates: int = 100  # N per step (paper 100); more = greedier towards the critics
     # std of candidates or noise in the ±1 box (paper 0.2; kitchen, ant maze 0.05); more = bolder
     sigma: float = 0.2
-    omega: float = 0.0  # weight of the critics' std in the score (paper 0); more = seeks doubt
+    omega: float = 0.0  # weight of the critics' std (paper 0); more = seeks doubt
     # a, where every way to explore starts: the policy's sample or its mean (paper silent)
     proposal: Literal["sample", "mean"] = "sample"
-    utd: int = 1  # updates per step (IQL 1, LAPO 20, critics only); more = learns faster
+    utd: int = 1  # updates per step (IQL 1, LAPO's critics 20); more = learns faster
     # ours: share of dataset rows in online batches, 0 to 1 (paper, None: uniform over all rows)
     offline_ratio: Optional[float] = None
     # -- IQL --
@@ -126,6 +130,8 @@ class Args:
     anneal: Literal["step", "linear"] = "step"  # κ gets there at once, or over the online phase
     beta: float = 3.0  # β of Eq. 7 (3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier
     exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single actions may rule a batch
+    normalise_adv: bool = False  # ours (paper: no): A / its std in the batch: β on any reward scale
+    standardise: bool = True  # ours (paper: no): networks see (s - mean)/std of the dataset
     actor_dropout: float = 0.0  # in updates only (kitchen 0.1, else 0); more = regularises more
     # -- LAPO --
     subset_size: int = 2  # target critics per target, drawn anew (REDQ 2); more = lower targets
@@ -138,11 +144,11 @@ class Args:
     kl_weight: float = 1.0  # of the CVAE's KL (paper 1); more = z says less about the action
     good_weight: float = 0.9  # of actions that beat V, 1 - it of others (paper 0.9); 0.5 = clone
     # -- evaluation --
-    eval_every: int = 10_000  # steps between evaluations, both phases; more = faster, coarser
-    eval_episodes: int = 10  # episodes per evaluation, side by side; more = less noise, slower
+    eval_every: int = 10_000  # steps between evaluations; more = faster, coarser
+    eval_episodes: int = 10  # per evaluation; more = less noise, slower
     # the policy's deterministic action (paper silent), or the optimistic one around it
     eval_action: Literal["policy", "optimistic"] = "policy"
-    log_every: int = 1000  # steps per row of metrics, each a mean; more = shorter files
+    log_every: int = 1000  # steps per row of metrics, a mean; more = shorter files
 
 
 # ==== 2. Networks ====
@@ -160,21 +166,29 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0) -> nn.Sequential:
-    """linear, ReLU, dropout per hidden size, then linear."""
+def mlp(
+    sizes: list[int], linear: Callable = nn.Linear, dropout: float = 0.0, layer_norm: bool = False
+) -> nn.Sequential:
+    """linear, LayerNorm if asked for, ReLU, dropout per hidden size, then linear."""
     layers = []
-    for in_dim, out_dim in zip(sizes, sizes[1:]):
-        layers += [linear(in_dim, out_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-    return nn.Sequential(*layers[:-2])  # the last layer stays linear
+    for in_dim, out_dim in zip(sizes[:-1], sizes[1:-1]):
+        layers.append(linear(in_dim, out_dim))
+        # A ReLU network goes on linearly where it has seen nothing: there Q climbs and climbs, and
+        # an argmax over a hundred candidates finds just that. LayerNorm bounds what a layer hands
+        # on, so Q levels off outside of the data (RLPD, arXiv 2302.02948; PARS, arXiv 2507.08761).
+        if layer_norm:
+            layers.append(nn.LayerNorm(out_dim, elementwise_affine=False))
+        layers += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, linear(sizes[-2], sizes[-1]))
 
 
 class Critics(nn.Module):
     """The ensemble Q_1 … Q_m: obs (B, O), actions (B, A) -> (m, B)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden: list[int]):
+    def __init__(self, obs_dim: int, act_dim: int, m: int, hidden: list[int], layer_norm=False):
         super().__init__()
-        self.m = m
-        self.net = mlp([obs_dim + act_dim, *hidden, 1], functools.partial(EnsembleLinear, m))
+        self.m, linear = m, functools.partial(EnsembleLinear, m)
+        self.net = mlp([obs_dim + act_dim, *hidden, 1], linear, layer_norm=layer_norm)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], -1).expand(self.m, -1, -1)  # (m, B, O + A), no copies
@@ -220,7 +234,7 @@ def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
     """IQL Eq. 7: min(exp(β·A), limit), A = Q − V (B,). β = 0: 1 everywhere, plain cloning."""
-    # The best policy near the data, max E[A] − KL(π‖data)/β, is ∝ data·exp(β·A).
+    # argmax_π E[A] − KL(π‖data)/β is π ∝ data·exp(β·A): cloning with these weights fits it.
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
 
 
@@ -260,8 +274,8 @@ def optimistic_action(  # new in O3F
     score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2, a std that divides by m
     best = score.argmax(1)  # new in O3F: a_t
     rows = torch.arange(B, device=action.device)
-    # Optimism: how far the chosen mean Q lies above the average candidate's. The average candidate
-    # is what --explore noise executes, so this is what the choice claims to gain.
+    # Optimism: the chosen candidate's mean Q, less the mean over all candidates, which is what
+    # --explore noise gets in expectation. So this is what the choice claims to gain.
     return candidates[rows, best], q_mean[rows, best] - q_mean.mean(1)
 
 
@@ -279,9 +293,9 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each owes to this file:
 
-    update(batches) -> dict      a round of learning, a step per batch; numbers to log (last batch)
-    policy(obs, sample) -> (B, A)       π's sample or its deterministic action at obs (B, O), in ±1
-    q_values(obs, actions) -> (m, B)    what every critic says of (B, O), (B, A) in the task's units
+    update(batches) -> dict   a gradient step per batch; 0-dim tensors to log, of the last batch
+    policy(obs, sample, generator) -> (B, A)   π's sample or deterministic action at obs (B, O)
+    q_values(obs, actions) -> (m, B)   what every critic says of (B, O), (B, A), in the task's units
     """
 
     HOT = ()  # methods that --compile compiles, each for one batch
@@ -290,12 +304,19 @@ class Base(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
         self.args, self.sizes = args, (obs_dim, act_dim)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))  # saved with the agent
+        self.register_buffer("obs_std", torch.ones(obs_dim))
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
-        """Take from the dataset (keys of Batch) what is to be known before the first update."""
+        """Take the dataset's statistics (keys of Batch), for good: what is learned is in them."""
+        if self.args.standardise:
+            set_statistics(data["observations"], self.obs_mean, self.obs_std, least=0.01)
 
     def set_progress(self, share: float) -> None:
         """Told before every online step: how much of the online phase is over, 0 to 1."""
+
+    def standardise(self, obs: torch.Tensor) -> torch.Tensor:
+        return (obs - self.obs_mean) / self.obs_std
 
     def make_optimizer(self) -> None:
         # One Adam for all networks: its moments are each weight's own, and a weight without
@@ -308,6 +329,15 @@ class Base(nn.Module):
         self.optimizer.zero_grad()
         loss.backward(inputs=learners)
         self.optimizer.step()
+
+
+def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: float) -> None:
+    """Mean and std of the rows of x, in place; a std below `least` becomes 1."""
+    # A constant (a kitchen's goal) or a joint that hardly moves is only centred: divided by its
+    # std, the noise of its sensor would be the loudest input of all.
+    mean.copy_(torch.from_numpy(x.mean(0, dtype=np.float64)))
+    std.copy_(torch.from_numpy(x.std(0, dtype=np.float64) + 1e-6))
+    std[std < least] = 1.0
 
 
 def orthogonal_(layer: nn.Module) -> None:
@@ -323,11 +353,12 @@ class IQL(Base):
 
     HOT = ("step",)
     FLAGS = "expectile online_expectile anneal beta exp_adv_max actor_dropout".split()
+    FLAGS += ["normalise_adv", "standardise"]
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         hidden = [args.hidden_dim] * 2
-        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden)
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, args.layer_norm)
         self.vf = mlp([obs_dim, *hidden, 1])
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
         self.apply(orthogonal_)
@@ -351,6 +382,7 @@ class IQL(Base):
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update in the authors' order: V, then actor and critics, then the slow copies."""
         obs, actions, rewards, next_obs, ends = batch
+        obs, next_obs = self.standardise(obs), self.standardise(next_obs)
         args = self.args
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (Eq. 5). IQL takes the minimum of
         # its two target critics; which of the five, O3F does not say. Ours: the minimum of all.
@@ -363,6 +395,8 @@ class IQL(Base):
         with torch.no_grad():
             v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,) each
             adv = target_q - v
+            if args.normalise_adv:
+                adv = adv / (adv.std() + 1e-6)
             weight = advantage_weights(adv, args.beta, args.exp_adv_max)
             # No max over a': V(s') stands in for it. No action outside the data is asked about.
             target = td_target(rewards, ends, next_v, args.gamma)
@@ -371,7 +405,8 @@ class IQL(Base):
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)  # no GPU stall
+        # Without checks, which would wait for the GPU.
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
         actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
         # Critics: every one regresses on the same r + γ(1 − d)·V(s') (Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
@@ -387,12 +422,14 @@ class IQL(Base):
             "q_std": q.detach().std(0, correction=0).mean(),
             "v_mean": v.mean(),
             "adv_weight": weight.mean(),
+            # Effective sample size: 1, all rows count alike (cloning); 0, one row rules the batch.
+            "adv_weight_ess": weight.mean() ** 2 / (weight**2).mean(),
             "policy_std": log_std.detach().exp().mean(),
         }
 
     @torch.no_grad()
     def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
-        action, log_std = self.actor(obs)
+        action, log_std = self.actor(self.standardise(obs))
         if sample:
             noise = torch.randn(action.shape, device=obs.device, generator=generator)
             action = action + log_std.exp() * noise
@@ -400,15 +437,15 @@ class IQL(Base):
 
     @torch.no_grad()
     def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.qf(obs, actions)
+        return self.qf(self.standardise(obs), actions)
 
 
 class LAPO(Base):
     """Latent-variable advantage-weighted policy optimisation (Chen et al., arXiv 2203.08949)."""
 
-    # A CVAE learns to reproduce actions of the data, above all those that beat V. The policy
-    # chooses a point z in its latent space, |z_i| ≤ 2, and the decoder turns it into an action:
-    # where the prior N(0, I) has its mass, that is an action like the data's.
+    # A conditional VAE, encoder (s, a) → z, decoder (s, z) → a, prior z ~ N(0, I), learns to
+    # reproduce the data's actions, above all those that beat V. The policy chooses z, |z_i| ≤ 2,
+    # and the decoder turns it into an action: where the prior has its mass, one like the data's.
     # Networks see standardised states and actions; policy and q_values speak the environment's
     # units, so that σ means the same for every base.
 
@@ -420,7 +457,7 @@ class LAPO(Base):
         super().__init__(args, obs_dim, act_dim)
         hidden = [args.hidden_dim] * 3
         self.latent_dim = latent_dim = args.latent_dim or 2 * act_dim
-        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden)
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, args.layer_norm)
         self.vf = mlp([obs_dim, *hidden, 1])
         self.encoder = mlp([obs_dim + act_dim, *hidden, 2 * latent_dim])
         self.decoder = mlp([obs_dim + latent_dim, *hidden, act_dim])
@@ -429,38 +466,27 @@ class LAPO(Base):
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.decoder_target = copy.deepcopy(self.decoder).requires_grad_(False)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        # The dataset's statistics and V's limits, saved with the agent.
-        for name, size in (("obs", obs_dim), ("act", act_dim)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("act_mean", torch.zeros(act_dim))
+        self.register_buffer("act_std", torch.ones(act_dim))
         self.register_buffer("v_min", torch.zeros(()))
         self.register_buffer("v_max", torch.zeros(()))
         self.make_optimizer()
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
-        # Frozen from here on: what is learned is in their units.
-        for x, mean, std in (
-            (data["observations"], self.obs_mean, self.obs_std),
-            (data["actions"], self.act_mean, self.act_std),
-        ):
-            mean.copy_(torch.from_numpy(x.mean(0, dtype=np.float64)))
-            std.copy_(torch.from_numpy(x.std(0, dtype=np.float64) + 1e-6))
-            std[std < 2e-6] = 1.0  # a constant, a kitchen's goal, stays as it is
+        set_statistics(data["observations"], self.obs_mean, self.obs_std, least=2e-6)
+        set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)
         self.widen(torch.from_numpy(data["rewards"]))
 
     def widen(self, rewards: torch.Tensor) -> None:
         """Widen V's limits to what these rewards allow."""
-        # No policy is worth less than min r/(1 − γ) or more than max r/(1 − γ); where r is paid
-        # once, at the end, than r. Ours: 0, V after an end, is always within. Rewards seen online
-        # widen the limits too, or the value of a policy better than the data's would be cut off.
+        # A discounted return lies in [min r, max r]/(1 − γ); where r is paid once, at the end, in
+        # [min r, max r]. Ours: 0, V after an end, is always within. Rewards seen online widen the
+        # limits too, or the value of a policy better than the data's would be cut off.
         scale = 1.0
         if self.args.value_clamp == "discounted":
             scale = 1.0 / max(1.0 - self.args.gamma, 1e-6)
         self.v_min.clamp_(max=scale * rewards.amin())
         self.v_max.clamp_(min=scale * rewards.amax())
-
-    def standardise(self, obs: torch.Tensor, actions: torch.Tensor):
-        return (obs - self.obs_mean) / self.obs_std, (actions - self.act_mean) / self.act_std
 
     def act(self, obs, actor, decoder, noise=None) -> torch.Tensor:
         """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2); standardised, (B, O) -> (B, A)."""
@@ -473,14 +499,14 @@ class LAPO(Base):
         """Critics and V once per batch, CVAE and policy once, with the last."""
         tau = self.args.tau
         for i, batch in enumerate(batches):
-            obs, actions = self.standardise(batch.observations, batch.actions)
-            next_obs = (batch.next_observations - self.obs_mean) / self.obs_std
+            obs, next_obs = map(self.standardise, (batch.observations, batch.next_observations))
+            actions = (batch.actions - self.act_mean) / self.act_std
             batch = Batch(obs, actions, batch.rewards, next_obs, batch.terminations)
             # REDQ: a random few of the slow critics make the targets, drawn anew for every update.
             members = torch.randperm(self.args.num_critics, device=obs.device)
             members = members[: self.args.subset_size]
             metrics = self.update_critics(batch, members)
-            if i == len(batches) - 1:  # while the slow copies are still the old ones
+            if i == len(batches) - 1:  # before any slow copy moves
                 metrics |= self.update_policy(batch, members)
                 polyak_(self.decoder_target, self.decoder, tau)
                 polyak_(self.actor_target, self.actor, tau)
@@ -517,8 +543,8 @@ class LAPO(Base):
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
-        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0, else 0.1. adv is the data's action once,
-        # and the policy's from then on, against V: r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
+        # CVAE: w·(Σ(â − a)² + KL), w = 0.9 where adv > 0, else 0.1. adv: one step of the data's
+        # action, then the policy, minus V(s): r + γ(1 − d)·Qmix(s', Dec⁻(s', π⁻(s'))) − V(s).
         with torch.no_grad():
             next_action = self.act(next_obs, self.actor_target, self.decoder_target)
             next_q = mixed_q(self.qf_target.ask(next_obs, next_action, members), args.doubleq_min)
@@ -547,13 +573,12 @@ class LAPO(Base):
         noise = None
         if sample:  # the noise of V's targets
             noise = torch.randn(len(obs), self.latent_dim, device=obs.device, generator=generator)
-        obs = (obs - self.obs_mean) / self.obs_std
-        action = self.act(obs, self.actor, self.decoder, noise)
+        action = self.act(self.standardise(obs), self.actor, self.decoder, noise)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
     @torch.no_grad()
     def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.qf(*self.standardise(obs, actions))
+        return self.qf(self.standardise(obs), (actions - self.act_mean) / self.act_std)
 
 
 BASES = {"iql": IQL, "lapo": LAPO}
@@ -582,6 +607,7 @@ class ReplayBuffer:
         # O, A, 1, O, 1 columns
         self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]
         shape = self.size + online_steps, sum(self.widths)
+        # explain, UserError: section 7, an error as one line.
         with explain(f"{shape[0]:,} transitions do not fit into memory: lower --online-steps"):
             self.rows = torch.zeros(shape, device=device)
         for column, name in zip(self.rows.split(self.widths, 1), Batch._fields):
@@ -613,7 +639,7 @@ def learn(agent: Base, buffer: ReplayBuffer, args: Args, utd: int, offline_ratio
     """The base's own Update on fresh batches, in both phases -> metrics."""
     torch.set_float32_matmul_precision(args.precision)
     metrics = agent.update(buffer.sample(args.batch_size, utd, offline_ratio))
-    torch.set_float32_matmul_precision("highest")  # candidates differ by less than rounding
+    torch.set_float32_matmul_precision("highest")  # candidates' Q differ by less than TF32 rounds
     return metrics
 
 
@@ -624,7 +650,8 @@ def main(args: Args) -> dict:
         args = replace(Args(**saved["args"]), resume=args.resume)
     check(args, saved)
     task = get_task(args.env_id)
-    device = pick_device(args.device)
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     # Independent streams of random draws: to evaluate more often, say, changes nothing in training.
     seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     explore_seed, env_seed, eval_seed = seeds
@@ -632,35 +659,34 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
 
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
+    # rule(obs, r, next_obs, end) -> the r and d to learn from; facts: file, sha256, rows
     data, rule, facts = load_dataset(args, task, env, saved)
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
     with Run(args, task, agent, buffer, rule, generator, facts, eval_seed, saved) as run:
-        # The same functions, but summary.json will say where the time went.
-        pretrain = run.timed("offline update", learn)
-        finetune = run.timed("online update", learn)
-        act = run.timed("act", explore_action)
-        step_env = run.timed("environment", env.step)
+        # The same functions with a stopwatch, for summary.json.
+        timed_learn, timed_explore = run.timed(learn), run.timed(explore_action)
+        timed_step = run.timed(env.step)
 
         # Steps up to 0 are offline updates, later ones environment steps: one axis for both.
         for step in run.steps("offline", last=0):
-            run.record(step, pretrain(agent, buffer, args, utd=1))
+            run.record(step, timed_learn(agent, buffer, args, utd=1))
 
         # O3F's Algorithm 1: objective, buffer and optimiser carry on.
-        # The first reset draws what an environment draws once: the goal of an ant maze v0 or v1.
-        # Then every episode has its own seed: a resumed run needs no simulator's inner state.
+        # Reset twice: the first draws what is drawn once (the goal of ant mazes v0 and v1), then
+        # each episode has its own seed: a resumed run needs no simulator state.
         env.reset(seed=env_seed)
         obs, _ = env.reset(seed=env_seed + run.episode)
         for step in run.steps("online", last=args.online_steps):
             agent.set_progress(step / args.online_steps)
             obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
-            action, optimism = act(agent, obs_tensor, args, generator)
+            action, optimism = timed_explore(agent, obs_tensor, args, generator)
             action = action[0].cpu().numpy()
-            next_obs, reward, terminated, truncated, info = step_env(action)
+            next_obs, reward, terminated, truncated, info = timed_step(action)
             # A time limit (truncated) ends the episode, not the task: d stays 0, V(s') counts.
             train_reward, end = rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
-            metrics = finetune(agent, buffer, args, args.utd, args.offline_ratio)
+            metrics = timed_learn(agent, buffer, args, args.utd, args.offline_ratio)
             metrics["o3f/optimism"] = optimism[0]
             run.record(step, metrics, info.get("episode"))
             obs = next_obs
@@ -677,9 +703,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explain(hint: str, say: Optional[Callable] = None):
+    """An exception of the body becomes a UserError that starts with hint, or goes to `say`."""
     try:
         yield
-    except Exception as error:  # whatever a library raises becomes one line
+    except Exception as error:
         if say is None:
             raise UserError(f"{hint}: {error}") from error
         say(f"{hint}: {error}")  # a warning, or one of several failures
@@ -715,11 +742,10 @@ PRESETS = {
     "antmaze": dict(sigma=0.05),
     "kitchen": dict(sigma=0.05),
     "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
-    # Rewards are of order 1. A sample reaches half of what the mean does.
+    # Rewards are of order 1 as they are. Measured: samples score half as much as the mean.
     "iql/kitchen": dict(beta=0.5, actor_dropout=0.1, reward_transform="none", proposal="mean"),
-    "lapo": dict(
-        batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", reward_transform="max"
-    ),
+    # LayerNorm under LAPO is not measured yet.
+    "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", layer_norm=False),
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
 }
 
@@ -758,13 +784,13 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
     if task.family == "antmaze":
         limit = 700 if "umaze" in env_id else 1000
         return gym.wrappers.TimeLimit(AntMazeEnv(env_id, **kwargs), limit)
-    needs = "needs flat, for actions bounded, boxes, or gymnasium cannot make it"
-    with explain(f"--env-id {env_id}: {needs}"), warnings.catch_warnings():
+    with explain(f"--env-id {env_id}: gymnasium cannot make it"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
         env = gym.make(task.gym_id, disable_env_checker=True, **kwargs)
-        box = env.action_space
-        if len(env.observation_space.shape + box.shape) != 2:
-            raise ValueError(env.observation_space)
+    box = env.action_space
+    with explain(f"--env-id {env_id}: needs flat boxes of observations and bounded actions"):
+        if len(env.observation_space.shape + box.shape) != 2 or not box.is_bounded():
+            raise ValueError(f"{env.observation_space}, {box}")
         if (box.low != -1).any() or (box.high != 1).any():
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if env.spec.max_episode_steps is None:
@@ -897,7 +923,7 @@ class AntMazeEnv(MujocoEnv):
         wall = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=[2, 2, 1], contype=1, conaffinity=1)
         for row, column in 4.0 * (np.argwhere(cells == "#") - start):
             spec.worldbody.add_geom(pos=[column, row, 1], **wall)
-        # For the eye. Compiled at 0 it would stay there, wherever it is moved to.
+        # A visible goal. Compiled at 0, MuJoCo would take it for fixed.
         spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3)
         super().__init__(spec.compile(), 29, np.inf, render_mode)
         self.goal = None
@@ -907,6 +933,7 @@ class AntMazeEnv(MujocoEnv):
         return np.concatenate([self.data.qpos, self.data.qvel])
 
     def start(self):
+        # D4RL draws both.
         jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
         if self.goal is None or self.moves:
             self.goal = np.maximum(self.goal_cell + jitter, 0.0)
@@ -957,7 +984,7 @@ def download(env_id: str, cache: Path, env: gym.Env) -> Path:
     table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
     ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has v1, the table not
     urls = re.findall(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)
-    url = table.get(env_id, *urls)
+    url = table.get(env_id, *urls[:1])
     if url is None:
         raise UserError(f"d4rl knows no file of {env_id}: --dataset FILE")
     path, failures = cache / Path(url).name, []
@@ -993,8 +1020,9 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
 
 
 def load_hdf5(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
+    """D4RL's arrays, checked: observations (n, O), actions (n, A), the rest (n,); bool ends."""
     raw, shapes = {}, {"observations": env.observation_space.shape}
-    shapes["actions"] = env.action_space.shape  # all else: one number per row
+    shapes["actions"] = env.action_space.shape
     with explain(f"{path}: no whole HDF5 file of this task"), h5py.File(path) as file:
         missing = set(KEYS) - {"timeouts"} - file.keys()
         if missing:
@@ -1051,6 +1079,7 @@ class RewardRule(NamedTuple):
 
 
 def make_rule(transform: str, targets: tuple, rewards, returns) -> RewardRule:
+    """rewards (n,): those to be transformed; returns (episodes,): of the file's raw rewards."""
     scale = {"x100": 100.0}.get(transform, 1.0)
     if transform == "return_range":
         if np.ptp(returns) == 0:
@@ -1065,7 +1094,8 @@ def make_rule(transform: str, targets: tuple, rewards, returns) -> RewardRule:
 
 
 def mark_ends(args: Args, task: Task, env: gym.Env, raw: dict) -> None:
-    obs, ends = raw["observations"], raw["terminals"]  # to be put right, in place
+    """Put terminals and timeouts right, in place."""
+    obs, ends = raw["observations"], raw["terminals"]
     if task.family == "kitchen" and np.abs(obs[:, 30:] - env.unwrapped.goal).max() > 1e-3:
         raise UserError(f"--dataset is of another kitchen than {args.env_id}")
     if task.family == "kitchen" and args.kitchen_rewards == "consistent":
@@ -1163,7 +1193,7 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
         "eval/length": lengths.mean(),
-        # While these two differ or still move, the critics are not to be trusted.
+        # Far apart, or still moving: do not trust the critics yet. (IQL's aim above the policy.)
         "eval/q_start": q_start,  # what they expect at the first states
         "eval/discounted_return": discounted.mean(),  # what came of it
     }
@@ -1176,16 +1206,11 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
 VERSION = 3  # of saved files
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
+IDENTITY += ["layer_norm", "standardise"]
 # In which the runs of one curve may differ.
 OWN = "seed run_dir resume load device track plot plot_to log_every checkpoint_minutes".split()
 # Numbers from 0 to 1.
 SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto" and not torch.cuda.is_available():
-        name = "cpu"
-    return torch.device(name.replace("auto", "cuda"))
 
 
 def save(path: Path, agent: Base, rule: RewardRule, step: int, **more) -> None:
@@ -1297,24 +1322,25 @@ class Run(contextlib.ExitStack):
         self.callback(self.board.close)  # however the run ends
 
     def note_signal(self, signum, frame) -> None:
-        if self.stop:  # the second one
-            raise KeyboardInterrupt
-        self.stop = True  # print may be in the middle of something, so:
+        self.stop = True
+        signal.signal(signum, signal.default_int_handler)  # for the second one
+        # print may be in the middle of something, so:
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def timed(self, name: str, function: Callable) -> Callable:
-        def stopwatch(*args, **kwargs):  # counts seconds, for summary.json
+    def timed(self, function: Callable) -> Callable:
+        def stopwatch(*args, **kwargs):  # on a GPU, the time to launch, not to compute
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            name = f"{self.phase} {function.__name__}"
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             return result
 
         return stopwatch
 
     def steps(self, phase: str, last: int):
         """Yields the steps of a phase that are still to do, until Ctrl-C or SIGTERM."""
-        if last == self.step == 0 and not self.args.resume:
+        self.phase = phase
+        if phase == "offline" and self.step == 0 and not self.args.resume:
             self.evaluate()  # where a loaded agent starts from
         first, start = self.step + 1, time.monotonic()
         said = start
@@ -1372,7 +1398,7 @@ class Run(contextlib.ExitStack):
 
     def evaluate(self) -> None:
         parts = self.agent, self.envs, self.rule, self.task, self.args, self.eval_seed
-        results = self.timed("evaluation", evaluate)(*parts)
+        results = self.timed(evaluate)(*parts)
         self.log("evaluations", results)
         self.scores[self.step] = float(results["eval/score"])
         line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
@@ -1390,6 +1416,7 @@ class Run(contextlib.ExitStack):
             "rows": buffer.rows[buffer.num_offline : buffer.size].clone(),
             "streams": [self.generator.get_state(), torch.get_rng_state()],
             "cuda": torch.cuda.get_rng_state_all(),  # empty without
+            "csv": {path.name: path.stat().st_size for path in self.folder.glob("*.csv")},
             "sha256": self.facts["sha256"],
         }
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
@@ -1409,13 +1436,8 @@ class Run(contextlib.ExitStack):
         self.generator.set_state(saved["streams"][0])
         torch.set_rng_state(saved["streams"][1])
         torch.cuda.set_rng_state_all(saved["cuda"])
-        for path in self.folder.glob("*.csv"):  # drop what is later, or half a line
-            kept = ""
-            for line in path.read_text().splitlines(keepends=True):
-                number = line.partition(",")[0]
-                if line[-1] == "\n" and (number == "step" or int(number) <= self.step):
-                    kept += line
-            path.write_text(kept)
+        for path in self.folder.glob("*.csv"):  # drop what came later, or half a line
+            os.truncate(path, min(path.stat().st_size, saved["csv"].get(path.name, 0)))
 
     def finish(self) -> dict:
         step, finished = self.step, self.step == self.args.online_steps  # or stopped
@@ -1490,6 +1512,7 @@ def parse(argv: Optional[list[str]] = None) -> Args:
     twice = functools.partial(tyro.cli, Args, args=argv, description=__doc__.partition("\n")[0])
     first, _ = twice(return_unknown_args=True, add_help=False)
     given = {arg.partition("=")[0][2:].replace("-", "_") for arg in argv if arg[:2] == "--"}
+    given = {name.removeprefix("no_") for name in given}  # --no-compile
     if first.resume and given != {"resume"}:
         raise UserError("--resume takes the run's own flags: drop the others")
     if "plot" in given and not first.plot:
@@ -1523,7 +1546,7 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
             raise UserError(f"--{name} {value}: give a number from {low} to {high:g}")
         if saved and name in IDENTITY and saved["args"][name] != value:
             then = saved["args"][name]
-            raise UserError(f"--load: trained with {name} {then}, this run has {value}")
+            raise UserError(f"the saved agent has {name} {then}, this run {value}")
     for base in BASES.values():  # from Python; parse knows what was given
         for name in set(base.FLAGS) - set(BASES[args.base].FLAGS):
             if getattr(args, name) != getattr(Args, name):
