@@ -744,6 +744,7 @@ PRESETS = {
     "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
     # Rewards are of order 1 as they are. Measured: samples score half as much as the mean.
     "iql/kitchen": dict(beta=0.5, actor_dropout=0.1, reward_transform="none", proposal="mean"),
+    "iql/other": dict(normalise_adv=True),  # a stranger's reward scale is unknown
     # LayerNorm under LAPO is not measured yet.
     "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", layer_norm=False),
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
