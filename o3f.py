@@ -31,9 +31,9 @@ Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is n
            LAPO: z latent action, Dec(s, z) decoder, λ weight of the minimum over critics
            N, σ, ω  number of candidates, their std, weight of the critics' std
 
-Run it     python o3f.py                                        halfcheetah, data collected here
-           python o3f.py --env-id kitchen-mixed-v0 --base iql   the paper's Franka kitchen
-           python o3f.py --env-id kitchen-mixed-v0 --help       all flags, with this task's values
+Run it     python o3f.py    halfcheetah, on data that is collected here
+           python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
+           python o3f.py --env-id kitchen-mixed-v0 --help    all flags, with its values
 
 Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
            That is all of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
@@ -76,10 +76,7 @@ from tqdm import tqdm
 # ==== 1. Flags ====
 @dataclass
 class Args:
-    """Defaults: the papers' values for locomotion under IQL, where not marked as ours.
-
-    preset(env_id, base) has those of other tasks and bases.
-    """
+    """Defaults: the papers' for locomotion under IQL, unless marked as ours; others: preset."""
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
@@ -87,7 +84,7 @@ class Args:
     seed: int = 0  # of four streams: learning, exploration, environment, evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if found
     compile: bool = False  # torch.compile the updates: a minute at start, for GPUs
-    # of matrix products in updates: float32, or TF32 on GPUs and bfloat16 on some CPUs (faster)
+    # of products in updates: float32, or faster: TF32 on GPUs, bfloat16 on some CPUs
     precision: Literal["highest", "high", "medium"] = "highest"
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
@@ -99,13 +96,13 @@ class Args:
     # -- task and data --
     dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random: collected; or a file
     dataset_size: int = 1_000_000  # rows to collect (D4RL 1M); more = wider data
-    # consistent: satisfied sub-tasks - 4 in both phases; stock: the file's, then the environment's
+    # satisfied sub-tasks - 4 in both phases, or the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
     # return_range: 1000 r / (best - worst episode's return in the data); max: r / largest r
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
-    offline_steps: int = 1_000_000  # updates before the first environment step (papers 1M)
-    online_steps: int = 250_000  # environment steps of fine-tuning (ours; IQL's paper 1M)
+    offline_steps: int = 1_000_000  # updates before the first step (papers 1M)
+    online_steps: int = 250_000  # steps of fine-tuning (ours; IQL's paper 1M)
     batch_size: int = 256  # rows per update (IQL 256, LAPO 512); more = less noise, slower
     learning_rate: float = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
     gamma: float = 0.99  # γ, discount per step (papers 0.99); more = looks further ahead
@@ -122,27 +119,27 @@ class Args:
     # a, where every way to explore starts: the policy's sample or its mean (paper silent)
     proposal: Literal["sample", "mean"] = "sample"
     utd: int = 1  # updates per step (IQL 1, LAPO's critics 20); more = learns faster
-    # ours: share of dataset rows in online batches, 0 to 1 (paper, None: uniform over all rows)
+    # ours: share of dataset rows in online batches (paper, None: uniform over all)
     offline_ratio: Optional[float] = None
     # -- IQL --
-    expectile: float = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer to the best Q
+    expectile: float = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer the best Q
     online_expectile: Optional[float] = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
     anneal: Literal["step", "linear"] = "step"  # κ gets there at once, or over the online phase
     beta: float = 3.0  # β of Eq. 7 (3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier
-    exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single actions may rule a batch
-    normalise_adv: bool = False  # ours (paper: no): A / its std in the batch: β on any reward scale
-    standardise: bool = True  # ours (paper: no): networks see (s - mean)/std of the dataset
-    actor_dropout: float = 0.0  # in updates only (kitchen 0.1, else 0); more = regularises more
+    exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single rows may rule
+    normalise_adv: bool = False  # ours (paper: no): A / its std, for any reward scale
+    standardise: bool = True  # ours (paper: no): see (s - mean)/std of the data
+    actor_dropout: float = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
     # -- LAPO --
-    subset_size: int = 2  # target critics per target, drawn anew (REDQ 2); more = lower targets
-    doubleq_min: float = 1.0  # λ, weight of their minimum (ant maze 0.7, else 1); more = cautious
+    subset_size: int = 2  # slow critics per target (REDQ 2); more = lower targets
+    doubleq_min: float = 1.0  # λ, weight of the minimum (ant maze 0.7, else 1); more = cautious
     # limits of V's targets, from rewards seen: r/(1 - gamma), or r itself where it is paid once
     value_clamp: Literal["discounted", "once", "none"] = "discounted"
     latent_dim: Optional[int] = None  # size of z (paper, None: 2·|A|); more = finer actions
-    max_latent: float = 2.0  # limit of |z_i| (paper 2); more = rarer actions come within reach
-    latent_noise: float = 0.1  # std of the noise on z, cut at 2 std (paper 0.1); more = smoother V
-    kl_weight: float = 1.0  # of the CVAE's KL (paper 1); more = z says less about the action
-    good_weight: float = 0.9  # of actions that beat V, 1 - it of others (paper 0.9); 0.5 = clone
+    max_latent: float = 2.0  # limit of |z_i| (paper 2); more = rarer actions
+    latent_noise: float = 0.1  # std on z, cut at 2 std (paper 0.1); more = smoother V
+    kl_weight: float = 1.0  # of the CVAE's KL (paper 1); more = z says less
+    good_weight: float = 0.9  # of what beats V, 1 - it of the rest (paper 0.9); 0.5 = clone
     # -- evaluation --
     eval_every: int = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: int = 10  # per evaluation; more = less noise, slower
@@ -157,7 +154,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, m: int, in_dim: int, out_dim: int):
         super().__init__()
-        # PyTorch's own start, ±1/√in, drawn per member: different starts make critics disagree.
+        # PyTorch's start, ±1/√in, drawn per member: so the critics disagree.
         bound = in_dim**-0.5
         self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(m, 1, out_dim).uniform_(-bound, bound))
@@ -240,7 +237,7 @@ def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> tor
 
 def mixed_q(q: torch.Tensor, doubleq_min: float) -> torch.Tensor:
     """LAPO: λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,)."""
-    # Whoever maximises over Q finds its over-estimates; a target that errs downwards stops that.
+    # Whoever maximises over Q finds its over-estimates; a low target stops that.
     return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
 
 
@@ -268,7 +265,7 @@ def optimistic_action(  # new in O3F
     (B, A), N = action.shape, num_candidates
     noise = torch.randn(B, N, A, dtype=action.dtype, device=action.device, generator=generator)
     candidates = action[:, None] + sigma * noise  # new in O3F: c_i ~ N(a, σ²I), (B, N, A)
-    candidates = candidates.clamp(-1.0, 1.0)  # score what will be executed, not what is cut off
+    candidates = candidates.clamp(-1.0, 1.0)  # score what will be executed
     q = q_values(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))
     q_mean = q.mean(0)  # (B, N)
     score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2, a std that divides by m
@@ -308,7 +305,7 @@ class Base(nn.Module):
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
-        """Take the dataset's statistics (keys of Batch), for good: what is learned is in them."""
+        """Take the dataset's statistics (keys of Batch), for good."""
         if self.args.standardise:
             set_statistics(data["observations"], self.obs_mean, self.obs_std, least=0.01)
 
@@ -398,7 +395,7 @@ class IQL(Base):
             if args.normalise_adv:
                 adv = adv / (adv.std() + 1e-6)
             weight = advantage_weights(adv, args.beta, args.exp_adv_max)
-            # No max over a': V(s') stands in for it. No action outside the data is asked about.
+            # No max over a', but V(s'): no action outside of the data is asked about.
             target = td_target(rewards, ends, next_v, args.gamma)
 
         # Actor: −min(exp(β·A), limit)·log π(a|s), imitation that favours what beat V (Eq. 7).
@@ -422,7 +419,7 @@ class IQL(Base):
             "q_std": q.detach().std(0, correction=0).mean(),
             "v_mean": v.mean(),
             "adv_weight": weight.mean(),
-            # Effective sample size: 1, all rows count alike (cloning); 0, one row rules the batch.
+            # Effective sample size: 1, all rows count alike; 0, one row rules.
             "adv_weight_ess": weight.mean() ** 2 / (weight**2).mean(),
             "policy_std": log_std.detach().exp().mean(),
         }
@@ -502,7 +499,7 @@ class LAPO(Base):
             obs, next_obs = map(self.standardise, (batch.observations, batch.next_observations))
             actions = (batch.actions - self.act_mean) / self.act_std
             batch = Batch(obs, actions, batch.rewards, next_obs, batch.terminations)
-            # REDQ: a random few of the slow critics make the targets, drawn anew for every update.
+            # REDQ: a few of the slow critics make the targets, drawn for every update.
             members = torch.randperm(self.args.num_critics, device=obs.device)
             members = members[: self.args.subset_size]
             metrics = self.update_critics(batch, members)
@@ -599,9 +596,9 @@ def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
 
 # ==== 6. Replay buffer, and both phases ====
 class ReplayBuffer:
-    """The dataset, then the online transitions, on the agent's device; nothing is ever dropped."""
+    """The dataset, then the online transitions, on the agent's device."""
 
-    # One (capacity, 2·O + A + 2) float32 tensor: a batch is one gather, a new transition one copy.
+    # One float32 tensor of shape (capacity, 2·O + A + 2): a batch is one gather.
     def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         self.size = self.num_offline = len(data["rewards"])
         # O, A, 1, O, 1 columns
@@ -617,7 +614,7 @@ class ReplayBuffer:
         """Append one transition, its reward as the agent is to see it. Raises: UserError."""
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
         if not np.isfinite(row).all():
-            raise UserError("the environment gave NaN or inf: unstable; --load an earlier agent")
+            raise UserError("the environment gave NaN or inf; --load an earlier agent")
         self.rows[self.size].copy_(torch.from_numpy(row))
         self.size += 1
 
@@ -639,7 +636,7 @@ def learn(agent: Base, buffer: ReplayBuffer, args: Args, utd: int, offline_ratio
     """The base's own Update on fresh batches, in both phases -> metrics."""
     torch.set_float32_matmul_precision(args.precision)
     metrics = agent.update(buffer.sample(args.batch_size, utd, offline_ratio))
-    torch.set_float32_matmul_precision("highest")  # candidates' Q differ by less than TF32 rounds
+    torch.set_float32_matmul_precision("highest")  # to rank candidates
     return metrics
 
 
@@ -652,9 +649,9 @@ def main(args: Args) -> dict:
     task = get_task(args.env_id)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    # Independent streams of random draws: to evaluate more often, say, changes nothing in training.
-    seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
-    explore_seed, env_seed, eval_seed = seeds
+    # Independent streams: to evaluate more often, say, changes nothing in training.
+    draw = np.random.SeedSequence(args.seed).generate_state
+    explore_seed, env_seed, eval_seed = draw(3).tolist()
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
 
@@ -1194,7 +1191,7 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
         "eval/length": lengths.mean(),
-        # Far apart, or still moving: do not trust the critics yet. (IQL's aim above the policy.)
+        # Far apart, or still moving: do not trust the critics yet.
         "eval/q_start": q_start,  # what they expect at the first states
         "eval/discounted_return": discounted.mean(),  # what came of it
     }
