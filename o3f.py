@@ -960,6 +960,8 @@ KEYS = "observations actions rewards terminals timeouts".split()  # of D4RL's fi
 def find_dataset(args: Args, env: gym.Env) -> Path:
     """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded."""
     if args.dataset not in ("", "random"):
+        if not Path(args.dataset).is_file():
+            raise UserError(f"--dataset {args.dataset}: there is no such file")
         return Path(args.dataset)
     # d4rl's own folder and names: its downloads are found.
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
@@ -1031,7 +1033,8 @@ def load_hdf5(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
             if found.file.filename != file.filename or found.is_virtual or found.external:
                 raise ValueError(f"{name} lies outside of the file: copy it into it")
             if found.shape != (rows, *row) or rows < 2 or found.dtype.kind not in "fbiu":
-                raise ValueError(f"{name} is {found}; needs rows of {row}")
+                wrong = f"{name} has shape {found.shape} of {found.dtype}"
+                raise ValueError(f"{wrong}; needs numbers, {(rows, *row)}, two rows or more")
             # A damaged file can claim any size; a byte may unpack to 1,100.
             if 4 * found.size > 1100 * path.stat().st_size:
                 raise ValueError(f"claims {rows:,} rows, too many for its size")
@@ -1204,7 +1207,7 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
 VERSION = 3  # of saved files
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
-IDENTITY += ["layer_norm", "standardise"]
+IDENTITY += ["gamma", "layer_norm", "standardise"]
 # In which the runs of one curve may differ.
 OWN = "seed run_dir resume load device track plot plot_to log_every checkpoint_minutes".split()
 # Numbers from 0 to 1.
@@ -1233,12 +1236,16 @@ def load_saved(args: Args) -> Optional[dict]:
     if not path.is_file():
         wrong = f"{args.resume or args.load}: no checkpoint there yet, or no such file"
         raise UserError(f"{wrong}; --resume takes a run's folder, --load a file")
-    with explain(f"{path} is no whole file of this program"):  # nor is code in it run
+    failures = []
+    with explain("torch", failures.append):  # its advice would be to run the file's code
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["version"] != VERSION:
-            raise ValueError(f"it is of version {saved['version']}, not {VERSION}")
-        if args.resume and "rows" not in saved:
-            raise ValueError("it is an agent, no checkpoint: use --load")
+        version = saved["version"]
+    if failures:
+        raise UserError(f"{path} is no whole file of this program")
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, not {VERSION}")
+    if args.resume and "rows" not in saved:
+        raise UserError(f"{path} is an agent, no checkpoint: use --load")
     return saved
 
 
@@ -1464,7 +1471,8 @@ def plot(folders: list[Path], path: Path) -> str:
 
     configs, groups = [], {}  # groups: flags -> seed -> {step: score}
     for folder in folders:
-        configs += sorted(folder.glob("*/config.json")) or [folder / "config.json"]
+        runs = [x.parent for x in sorted(folder.glob("*/evaluations.csv"))] or [folder]
+        configs += [run / "config.json" for run in runs]
     for config in configs:
         with explain(f"--plot {config.parent}: no run with an evaluation"):
             args = json.loads(config.read_text())
@@ -1522,7 +1530,8 @@ def parse(argv: Optional[list[str]] = None) -> Args:
     own = BASES[known["base"]].FLAGS
     for base in BASES.values():  # a flag that does nothing would mislead
         for name in given.intersection(base.FLAGS).difference(own):
-            raise UserError(f"--{name}: no part of --base {known['base']}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: no part of --base {known['base']}")
     return twice(default=preset(**known))
 
 
@@ -1530,9 +1539,10 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
     """Refuse the first flag that makes no sense, and say what would."""
     types = get_type_hints(Args)
     for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
         choices = get_args(types[name])
         if choices and isinstance(choices[0], str) and value not in choices:
-            raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+            raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
         low, high = 0, 1e9  # NaN is in no range
         if name in SHARES.split():
             high = 1
@@ -1541,14 +1551,14 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
         if name == "omega":
             low = -high
         if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name} {value}: give a number from {low} to {high:g}")
+            raise UserError(f"{flag} {value}: give a number from {low} to {high:g}")
         if saved and name in IDENTITY and saved["args"][name] != value:
             then = saved["args"][name]
             raise UserError(f"the saved agent has {name} {then}, this run {value}")
     for base in BASES.values():  # from Python; parse knows what was given
         for name in set(base.FLAGS) - set(BASES[args.base].FLAGS):
             if getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--{name}: no part of --base {args.base}")
+                raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}")
     if args.base == "lapo" and args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     # The largest tensors: a hidden layer of candidates or a batch.
