@@ -1562,10 +1562,10 @@ def test_run_dir_is_new_or_empty_and_nobody_elses(home, capsys):
 # ==== loaded agents ===============================================================================
 def test_load_brings_task_base_and_sizes(home, capsys, monkeypatch):
     sizes = "--base lapo --hidden-dim 9 --num-critics 3 --latent-dim 5 --learning-rate 0.01"
-    assert cli(f"{SHORT} {sizes} --run-dir a") == 0
+    assert cli(f"{SHORT} {sizes} --gamma 0.9 --run-dir a") == 0
     args = o3f.parse(["--load", "a/agent_offline.pt"])
-    brought = args.env_id, args.base, args.hidden_dim, args.num_critics, args.latent_dim
-    assert brought == ("Pendulum-v1", "lapo", 9, 3, 5)
+    brought = args.env_id, args.base, args.hidden_dim, args.num_critics, args.latent_dim, args.gamma
+    assert brought == ("Pendulum-v1", "lapo", 9, 3, 5, 0.9)
     assert (args.batch_size, args.utd, args.learning_rate) == (512, 20, 2e-4)  # LAPO's again
     load = "--load a/agent_offline.pt --dataset random --dataset-size 300 --batch-size 8 --utd 1 "
     load += "--online-steps 3 --eval-episodes 1 "
@@ -1584,6 +1584,7 @@ def test_load_brings_task_base_and_sizes(home, capsys, monkeypatch):
         "--env-id hopper-random-v2": "the saved agent has env_id Pendulum-v1, this run hopper",
         "--base iql": "the saved agent has base lapo, this run iql",
         "--num-critics 2": "the saved agent has num_critics 3, this run 2",
+        "--gamma 0.99": "the saved agent has gamma 0.9, this run 0.99",
         "--latent-dim 4": "the saved agent has latent_dim 5, this run 4",
         "--reward-transform none": "the saved agent has reward_transform max, this run none",
     }
@@ -1606,7 +1607,7 @@ def test_load_refuses_what_does_not_fit(home, capsys):
     for name in ("missing.pt", "a"):
         refused(load.format(name), name, "no such file", capsys=capsys)
     for name in ("garbage.pt", "list.pt", "evil.pt"):
-        refused(load.format(name), f"{name} is no whole file", capsys=capsys)
+        refused(load.format(name), f"{name} is no whole file of this program", capsys=capsys)
     assert not Path("ran").exists()  # a stranger's file runs no code
     for moment in ("exp_avg", "exp_avg_sq"):
         saved = read_saved("a/agent_final.pt")
@@ -1762,6 +1763,8 @@ def test_plot_tells_pretrainings_apart_but_not_their_seeds(home, capsys):
         for beta in (1.0, 3.0):
             before = asdict(o3f.Args(seed=seed, beta=beta, run_dir=f"p{seed}"))
             write_run(f"runs/{seed}-{beta}", {0: beta}, before, seed=seed, load=f"p{seed}.pt")
+    Path("runs/young").mkdir()
+    Path("runs/young/config.json").write_text("{}")  # not evaluated yet: no part of the plot
     assert cli("--plot runs") == 0
     lines = capsys.readouterr().out.splitlines()
     for beta in ("1.0", "3.0"):
