@@ -29,6 +29,7 @@ Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is n
            π policy, Q_j critic j of m, V state value, γ discount; Q̂, π⁻, Dec⁻ slow copies
            IQL: κ expectile (τ in its paper), β inverse temperature
            LAPO: z latent action, Dec(s, z) decoder, λ weight of the minimum over critics
+           SO2: α weight of the entropy, |A| number of an action's coordinates
            N, σ, ω  number of candidates, their std, weight of the critics' std
 
 Run it     python o3f.py    halfcheetah, on data that is collected here
@@ -80,7 +81,7 @@ class Args:
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
-    base: Literal["iql", "lapo"] = "iql"  # offline algorithm that is fine-tuned
+    base: Literal["iql", "lapo", "awac", "so2"] = "iql"  # offline algorithm that is fine-tuned
     seed: int = 0  # of four streams: learning, exploration, environment, evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if found
     compile: bool = False  # torch.compile the updates: a minute at start, for GPUs
@@ -118,18 +119,20 @@ class Args:
     omega: float = 0.0  # weight of the critics' std (paper 0); more = seeks doubt
     # a, where every way to explore starts: the policy's sample or its mean (paper silent)
     proposal: Literal["sample", "mean"] = "sample"
-    utd: int = 1  # updates per step (IQL 1, LAPO's critics 20); more = learns faster
+    utd: int = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
     # ours: share of dataset rows in online batches (paper, None: uniform over all)
     offline_ratio: Optional[float] = None
+    # -- IQL, AWAC --
+    beta: float = 3.0  # β, Eq. 7 (3, ant maze 10, kitchen 0.5, AWAC 1); 0 = clone, more = pickier
+    online_beta: Optional[float] = None  # β online (Fig. 3, AWAC: 10); None: unchanged
+    anneal: Literal["step", "linear"] = "step"  # β, κ get there at once, or over the online phase
+    exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single rows may rule
+    normalise_adv: bool = False  # ours (paper: no): A / its std, for any reward scale
+    actor_dropout: float = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
+    standardise: bool = True  # ours (paper: no; SO2 too): see (s - mean)/std of the data
     # -- IQL --
     expectile: float = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer the best Q
     online_expectile: Optional[float] = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
-    anneal: Literal["step", "linear"] = "step"  # κ gets there at once, or over the online phase
-    beta: float = 3.0  # β of Eq. 7 (3, ant maze 10, kitchen 0.5); 0 = clone, more = pickier
-    exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single rows may rule
-    normalise_adv: bool = False  # ours (paper: no): A / its std, for any reward scale
-    standardise: bool = True  # ours (paper: no): see (s - mean)/std of the data
-    actor_dropout: float = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
     # -- LAPO --
     subset_size: int = 2  # slow critics per target (REDQ 2); more = lower targets
     doubleq_min: float = 1.0  # λ, weight of the minimum (ant maze 0.7, else 1); more = cautious
@@ -140,6 +143,9 @@ class Args:
     latent_noise: float = 0.1  # std on z, cut at 2 std (paper 0.1); more = smoother V
     kl_weight: float = 1.0  # of the CVAE's KL (paper 1); more = z says less
     good_weight: float = 0.9  # of what beats V, 1 - it of the rest (paper 0.9); 0.5 = clone
+    # -- SO2 --
+    target_noise: float = 0.3  # std on a' in online targets, cut at 2 std (0.3); more = smoother Q
+    online_alpha: float = 0.2  # α online, weight of the entropy (0.2); more = a wider policy
     # -- evaluation --
     eval_every: int = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: int = 10  # per evaluation; more = less noise, slower
@@ -292,7 +298,8 @@ class Base(nn.Module):
 
     update(batches) -> dict   a gradient step per batch; 0-dim tensors to log, of the last batch
     policy(obs, sample, generator) -> (B, A)   π's sample or deterministic action at obs (B, O)
-    q_values(obs, actions) -> (m, B)   what every critic says of (B, O), (B, A), in the task's units
+    q_values(obs, actions) -> (m, B)   what every critic says of (B, O), (B, A), in the task's units;
+                                       here for a base whose critics qf see actions as they are
     """
 
     HOT = ()  # methods that --compile compiles, each for one batch
@@ -327,6 +334,18 @@ class Base(nn.Module):
         loss.backward(inputs=learners)
         self.optimizer.step()
 
+    @torch.no_grad()
+    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.qf(self.standardise(obs), actions)
+
+    def critic_metrics(self, q: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        q = q.detach()  # (m, B)
+        return {
+            "losses/qf": loss.detach() / self.args.num_critics,
+            "q_mean": q.mean(),
+            "q_std": q.std(0, correction=0).mean(),
+        }
+
 
 def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: float) -> None:
     """Mean and std of the rows of x, in place; a std below `least` becomes 1."""
@@ -349,8 +368,8 @@ class IQL(Base):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two."""
 
     HOT = ("step",)
-    FLAGS = "expectile online_expectile anneal beta exp_adv_max actor_dropout".split()
-    FLAGS += ["normalise_adv", "standardise"]
+    FLAGS = "beta online_beta anneal exp_adv_max normalise_adv actor_dropout standardise".split()
+    FLAGS += ["expectile", "online_expectile"]
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
@@ -360,7 +379,7 @@ class IQL(Base):
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
         self.apply(orthogonal_)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        self.expectile = args.expectile
+        self.expectile, self.beta = args.expectile, args.beta
         self.make_optimizer()
 
     def set_progress(self, share: float) -> None:
@@ -370,6 +389,8 @@ class IQL(Base):
             share = 1.0
         if args.online_expectile is not None:
             self.expectile = (1 - share) * args.expectile + share * args.online_expectile
+        if args.online_beta is not None:
+            self.beta = (1 - share) * args.beta + share * args.online_beta
 
     def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         for batch in batches:
@@ -380,7 +401,6 @@ class IQL(Base):
         """One update in the authors' order: V, then actor and critics, then the slow copies."""
         obs, actions, rewards, next_obs, ends = batch
         obs, next_obs = self.standardise(obs), self.standardise(next_obs)
-        args = self.args
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (Eq. 5). IQL takes the minimum of
         # its two target critics; which of the five, O3F does not say. Ours: the minimum of all.
         with torch.no_grad():
@@ -391,33 +411,31 @@ class IQL(Base):
         # From here on the *new* V: at s for the actor, at s' for the critics.
         with torch.no_grad():
             v, next_v = self.vf(torch.cat([obs, next_obs])).squeeze(-1).chunk(2)  # (B,) each
-            adv = target_q - v
-            if args.normalise_adv:
-                adv = adv / (adv.std() + 1e-6)
-            weight = advantage_weights(adv, args.beta, args.exp_adv_max)
             # No max over a', but V(s'): no action outside of the data is asked about.
-            target = td_target(rewards, ends, next_v, args.gamma)
-
-        # Actor: −min(exp(β·A), limit)·log π(a|s), imitation that favours what beat V (Eq. 7).
-        self.actor.train()  # dropout is on here and nowhere else
-        mean, log_std = self.actor(obs)
-        self.actor.eval()
-        # Without checks, which would wait for the GPU.
-        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
-        actor_loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
+            target = td_target(rewards, ends, next_v, self.args.gamma)
+        actor_loss, metrics = self.imitate(obs, actions, target_q - v)
         # Critics: every one regresses on the same r + γ(1 − d)·V(s') (Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
         # The two share no parameter: one backward pass gives each network its own gradient.
         self.descend(actor_loss + qf_loss)
-        polyak_(self.qf_target, self.qf, args.tau)
-        return {
-            "losses/vf": vf_loss.detach(),
-            "losses/qf": qf_loss.detach() / args.num_critics,
-            "losses/actor": actor_loss.detach(),
-            "q_mean": q.detach().mean(),
-            "q_std": q.detach().std(0, correction=0).mean(),
-            "v_mean": v.mean(),
+        polyak_(self.qf_target, self.qf, self.args.tau)
+        metrics = {"losses/vf": vf_loss.detach(), "v_mean": v.mean()} | metrics
+        return metrics | self.critic_metrics(q, qf_loss)
+
+    def imitate(self, obs, actions, adv) -> tuple[torch.Tensor, dict]:
+        """Actor: −min(exp(β·A), limit)·log π(a|s), imitation that favours what beat V (Eq. 7)."""
+        if self.args.normalise_adv:
+            adv = adv / (adv.std() + 1e-6)
+        weight = advantage_weights(adv, self.beta, self.args.exp_adv_max)  # (B,)
+        self.actor.train()  # dropout is on here and nowhere else
+        mean, log_std = self.actor(obs)
+        self.actor.eval()
+        # Without checks, which would wait for the GPU.
+        pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
+        loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
+        return loss, {
+            "losses/actor": loss.detach(),
             "adv_weight": weight.mean(),
             # Effective sample size: 1, all rows count alike; 0, one row rules.
             "adv_weight_ess": weight.mean() ** 2 / (weight**2).mean(),
@@ -431,10 +449,6 @@ class IQL(Base):
             noise = torch.randn(action.shape, device=obs.device, generator=generator)
             action = action + log_std.exp() * noise
         return action.clamp(-1.0, 1.0)
-
-    @torch.no_grad()
-    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.qf(self.standardise(obs), actions)
 
 
 class LAPO(Base):
@@ -527,14 +541,9 @@ class LAPO(Base):
         q, v = self.qf(obs, actions), self.vf(obs).squeeze(-1)  # (m, B), (B,)
         qf_loss, vf_loss = ensemble_mse(q, target), ((v - v_target) ** 2).mean()
         self.descend(qf_loss + vf_loss)  # no parameter in common: each gets its own gradient
-        return {
-            "losses/qf": qf_loss.detach() / self.args.num_critics,
-            "losses/vf": vf_loss.detach(),
-            "q_mean": q.detach().mean(),
-            "q_std": q.detach().std(0, correction=0).mean(),
-            "v_mean": v.detach().mean(),
-            "v_limit": self.v_max.clone(),
-        }
+        metrics = {"losses/vf": vf_loss.detach(), "v_mean": v.detach().mean()}
+        metrics["v_limit"] = self.v_max.clone()
+        return metrics | self.critic_metrics(q, qf_loss)
 
     def update_policy(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the CVAE and one on the latent policy; batch standardised."""
@@ -578,7 +587,116 @@ class LAPO(Base):
         return self.qf(self.standardise(obs), (actions - self.act_mean) / self.act_std)
 
 
-BASES = {"iql": IQL, "lapo": LAPO}
+class AWAC(IQL):
+    """Advantage-weighted actor-critic (Nair et al., arXiv 2006.09359): IQL's actor, no V."""
+
+    # IQL never asks about an action outside of the data; AWAC asks about the policy's. Its release
+    # divides the weights by their sum over the batch, ours are IQL's: β means the same in both.
+    # d3rlpy's AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
+
+    FLAGS = IQL.FLAGS[:-2]  # no expectile
+
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        obs, actions, rewards, next_obs, ends = batch
+        with torch.no_grad():
+            # y = r + γ(1 − d)·min_j Q̂_j(s', a'), a' ~ π(·|s').
+            next_action = self.policy(next_obs, sample=True)
+            next_q = self.qf_target(self.standardise(next_obs), next_action).amin(0)  # (B,)
+            target = td_target(rewards, ends, next_q, self.args.gamma)
+            # A = min_j Q_j(s, a) − min_j Q_j(s, a_π), a_π ~ π(·|s): better than the policy's own?
+            v = self.q_values(obs, self.policy(obs, sample=True)).amin(0)
+        obs = self.standardise(obs)
+        q = self.qf(obs, actions)  # (m, B)
+        actor_loss, metrics = self.imitate(obs, actions, q.detach().amin(0) - v)
+        qf_loss = ensemble_mse(q, target)
+        self.descend(actor_loss + qf_loss)  # no parameter in common; IQL's V gets no gradient
+        polyak_(self.qf_target, self.qf, self.args.tau)
+        return metrics | {"v_mean": v.mean()} | self.critic_metrics(q, qf_loss)
+
+
+class SO2(Base):
+    """SO2 (Zhang et al., arXiv 2312.07685): SAC with m critics, cautious offline only."""
+
+    # Offline (SAC-N) the minimum over the critics is every target: low where the data is thin.
+    # Online each critic has its own, at a blurred action (perturbed value update), ten updates a
+    # step. So SO2 changes its objective at the switch, which O3F promises not to: what holds
+    # fine-tuning back, what is tried, or what is learned from it? As published it explores by
+    # --explore policy and --num-critics 10; o3f on top is ours, and batch and rate online too.
+
+    HOT = ("update_critics", "update_actor")
+    FLAGS = "target_noise online_alpha standardise".split()
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int):
+        super().__init__(args, obs_dim, act_dim)
+        hidden = [args.hidden_dim] * 3
+        self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, args.layer_norm)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.actor = mlp([obs_dim, *hidden, 2 * act_dim])
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.online = False
+        self.make_optimizer()
+
+    def set_progress(self, share: float) -> None:
+        self.online = True  # all that it is told of the switch
+
+    def sample(self, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """a = tanh(u), u ~ N(μ(s), σ(s)²), and log π(a|s): (B, O) -> (B, A), (B,)."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        pi = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
+        u = mean + pi.stddev * torch.randn(mean.shape, device=obs.device, generator=generator)
+        # tanh squeezes by 1 − tanh²u = 4/(eᵘ + e⁻ᵘ)², whose log this is for any u.
+        log_slope = 2.0 * (np.log(2.0) - u - nn.functional.softplus(-2.0 * u))
+        return torch.tanh(u), (pi.log_prob(u) - log_slope).sum(-1)
+
+    def alpha(self) -> torch.Tensor:
+        learned = self.log_alpha.detach().exp()
+        return torch.full_like(learned, self.args.online_alpha) if self.online else learned
+
+    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        for batch in batches:
+            metrics = self.update_critics(batch)
+            polyak_(self.qf_target, self.qf, self.args.tau)
+        return metrics | self.update_actor(self.standardise(batch.observations))
+
+    def update_critics(self, batch: Batch) -> dict[str, torch.Tensor]:
+        obs, actions, rewards, next_obs, ends = batch
+        obs, next_obs = self.standardise(obs), self.standardise(next_obs)
+        with torch.no_grad():
+            # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s'))
+            next_action, log_prob = self.sample(next_obs)
+            if self.online:  # at a' + clip(ε, ±2 std)
+                noise = torch.randn_like(next_action).clamp(-2.0, 2.0)
+                next_action = (next_action + self.args.target_noise * noise).clamp(-1.0, 1.0)
+            next_q = self.qf_target(next_obs, next_action)  # (m, B)
+            if not self.online:
+                next_q = next_q.amin(0)  # (B,), for all critics
+            target = td_target(rewards, ends, next_q - self.alpha() * log_prob, self.args.gamma)
+        q = self.qf(obs, actions)  # (m, B)
+        qf_loss = ensemble_mse(q, target)
+        self.descend(qf_loss)
+        return self.critic_metrics(q, qf_loss)
+
+    def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        action, log_prob = self.sample(obs)
+        # Least α·log π(a|s) − min_j Q_j(s, a); α grows while the entropy is below −|A|.
+        loss = (self.alpha() * log_prob - self.qf(obs, action).amin(0)).mean()
+        alpha_loss = -self.log_alpha * (log_prob.detach().mean() - self.sizes[1])
+        learners = list(self.actor.parameters())
+        if not self.online:
+            learners.append(self.log_alpha)
+        self.descend(loss + alpha_loss, learners)
+        entropy = -log_prob.detach().mean()
+        return {"losses/actor": loss.detach(), "alpha": self.alpha(), "entropy": entropy}
+
+    @torch.no_grad()
+    def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
+        obs = self.standardise(obs)
+        if sample:
+            return self.sample(obs, generator)[0]
+        return torch.tanh(self.actor(obs).chunk(2, -1)[0])
+
+
+BASES = {"iql": IQL, "lapo": LAPO, "awac": AWAC, "so2": SO2}
 
 
 def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
@@ -745,6 +863,12 @@ PRESETS = {
     # LayerNorm under LAPO is not measured yet.
     "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", layer_norm=False),
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
+    "awac": dict(beta=1.0),
+    "awac/antmaze": dict(reward_transform="minus_one"),
+    "awac/kitchen": dict(actor_dropout=0.1, reward_transform="none", proposal="mean"),
+    "awac/other": dict(normalise_adv=True),
+    # α is in the rewards' units, so they stay raw. As published, plain networks.
+    "so2": dict(utd=10, reward_transform="none", layer_norm=False, standardise=False),
 }
 
 
@@ -1143,7 +1267,7 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict] = N
         rule = RewardRule(*saved["rule"], targets)
     data["rewards"] = (rule.scale * rewards + rule.shift).astype(np.float32)
     data["terminations"] = ends.astype(np.float32)
-    if args.base == "iql":  # as in its authors' code
+    if args.base in ("iql", "awac"):  # as in IQL's authors' code
         data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
 
     # Two lines to read before hours are spent.
@@ -1163,6 +1287,17 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict] = N
 
 
 # ==== 9. Evaluation ====
+def kendall_tau(x, y, window: int = 10) -> np.ndarray:
+    """Kendall's τ of x and y (T,) in every window of ten steps, (T − 9,); SO2's diagnostic."""
+    # (pairs in the same order − pairs in opposite order) / all pairs: 1, −1, or 0 for ties.
+    if len(x) < window:
+        return np.zeros(0)
+    i, j = np.triu_indices(window, 1)  # 45 pairs
+    views = (np.lib.stride_tricks.sliding_window_view(series, window) for series in (x, y))
+    signs = [np.sign(view[:, i] - view[:, j]) for view in views]
+    return (signs[0] * signs[1]).mean(1)
+
+
 @torch.no_grad()
 def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -> dict:
     """One episode per environment, side by side: one policy call a step for all."""
@@ -1172,31 +1307,43 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
     explore = {"policy": "policy", "optimistic": "o3f"}[args.eval_action]
     args = replace(args, explore=explore, proposal="mean")  # no sample of the policy
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    first = torch.as_tensor(obs, dtype=torch.float32, device=device)
-    q_start = agent.q_values(first, agent.policy(first, sample=False)).mean().item()
-    returns, discounted, lengths = np.zeros(n), np.zeros(n), np.zeros(n)
-    ended = np.zeros(n, bool)  # episodes differ in length
+    q, rewards = [[] for _ in envs], [[] for _ in envs]  # of each episode's steps
+    returns, ended, limited = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
     while not ended.all():
         running = np.flatnonzero(~ended)
         obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
         actions, _ = explore_action(agent, obs_tensor, args, generator)
-        for i, action in zip(running, actions.cpu().numpy()):
+        expected = agent.q_values(obs_tensor, actions).mean(0).tolist()
+        for i, action, q_now in zip(running, actions.cpu().numpy(), expected):
             next_obs, reward, terminated, truncated, _ = envs[i].step(action)
-            train_reward, _ = rule(obs[i], reward, next_obs, terminated)
+            train_reward, end = rule(obs[i], reward, next_obs, terminated)
             returns[i] += reward
-            discounted[i] += args.gamma ** lengths[i] * train_reward
-            lengths[i] += 1
+            q[i].append(q_now)
+            rewards[i].append(train_reward)
             obs[i] = next_obs
             ended[i] = terminated or truncated
+            limited[i] = not end
+    to_go = [np.array(episode, float) for episode in rewards]  # discounted return from a step on
+    for episode in to_go:
+        for t in reversed(range(len(episode) - 1)):
+            episode[t] += args.gamma * episode[t + 1]
+    # At a time limit more would have come: what γ^k > 5 % of it reaches does not count for τ.
+    tail = int(np.log(0.05) / np.log(np.clip(args.gamma, 1e-6, 1 - 1e-6)))
+    taus = np.zeros(0)
+    for i in range(n):
+        last = max(0, len(q[i]) - tail * limited[i])
+        taus = np.append(taus, kendall_tau(q[i][:last], to_go[i][:last]))
     scores = task.score(returns)
     results = {
         "eval/score": scores.mean(),
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
-        "eval/length": lengths.mean(),
+        "eval/length": np.mean([len(episode) for episode in q]),
         # Far apart, or still moving: do not trust the critics yet.
-        "eval/q_start": q_start,  # what they expect at the first states
-        "eval/discounted_return": discounted.mean(),  # what came of it
+        "eval/q_start": np.mean([episode[0] for episode in q]),  # what they expect at the start
+        "eval/discounted_return": np.mean([episode[0] for episode in to_go]),  # what came of it
+        # Do they know good steps from bad? 1: always; 0: no, or no episode is long enough.
+        "eval/kendall_tau": taus.mean() if len(taus) else 0.0,
     }
     if task.family in ("kitchen", "antmaze"):
         results["eval/success"] = (scores >= 100.0).mean()  # all sub-tasks, or the goal
@@ -1204,7 +1351,7 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
 
 
 # ==== 10. Saved agents, the run's folder, the command line ====
-VERSION = 3  # of saved files
+VERSION = 4  # of saved files
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
 IDENTITY += ["gamma", "layer_norm", "standardise"]
@@ -1408,6 +1555,8 @@ class Run(contextlib.ExitStack):
         self.scores[self.step] = float(results["eval/score"])
         line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
         line += "{eval/q_start:.4g}, discounted return {eval/discounted_return:.4g}"
+        if results["eval/kendall_tau"]:
+            line += ", τ {eval/kendall_tau:.2f}"
         tqdm.write(line.format(self.step, **results))
 
     def checkpoint(self) -> None:  # if it cannot be written, the older one stays
