@@ -34,7 +34,7 @@ Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is n
 
 Run it     python o3f.py    halfcheetah, on data that is collected here
            python o3f.py --env-id kitchen-mixed-v0 --base iql    the paper's Franka kitchen
-           python o3f.py --env-id kitchen-mixed-v0 --help    all flags, with its values
+           python o3f.py --env-id kitchen-mixed-v0 --help    all flags, with this task's values
 
 Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
            That is all of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
@@ -77,12 +77,12 @@ from tqdm import tqdm
 # ==== 1. Flags ====
 @dataclass
 class Args:
-    """Defaults: the papers' for locomotion under IQL, unless marked as ours; others: preset."""
+    """Defaults: the papers' for locomotion under IQL, or marked as ours; the rest: PRESETS, §7."""
 
     # -- run --
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
     base: Literal["iql", "lapo", "awac", "so2"] = "iql"  # offline algorithm that is fine-tuned
-    seed: int = 0  # of four streams: learning, exploration, environment, evaluation
+    seed: int = 0  # of four independent streams: learning, exploration, environment, evaluation
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if found
     compile: bool = False  # torch.compile the updates: a minute at start, for GPUs
     # of products in updates: float32, or faster: TF32 on GPUs, bfloat16 on some CPUs
@@ -90,7 +90,7 @@ class Args:
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
     load: str = ""  # a saved agent instead of pretraining; brings its task, base, sizes
-    checkpoint_minutes: float = 5.0  # between checkpoints (0: always); more = more lost
+    checkpoint_minutes: float = 5.0  # between checkpoints (0: always); more = more lost by a kill
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     plot: tuple[str, ...] = ()  # draw these runs, or all in these folders
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
@@ -99,10 +99,10 @@ class Args:
     dataset_size: int = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     # satisfied sub-tasks - 4 in both phases, or the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
-    # return_range: 1000 r / (best - worst episode's return in the data); max: r / largest r
+    # ours: max, r / largest r; IQL's: return_range, 1000 r / (best - worst episode's return)
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
-    offline_steps: int = 1_000_000  # updates before the first step (papers 1M)
+    offline_steps: int = 1_000_000  # updates before the first environment step (papers 1M)
     online_steps: int = 250_000  # steps of fine-tuning (ours; IQL's paper 1M)
     batch_size: int = 256  # rows per update (IQL 256, LAPO 512); more = less noise, slower
     learning_rate: float = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
@@ -116,7 +116,7 @@ class Args:
     num_candidates: int = 100  # N per step (paper 100); more = greedier towards the critics
     # std of candidates or noise in the ±1 box (paper 0.2; kitchen, ant maze 0.05); more = bolder
     sigma: float = 0.2
-    omega: float = 0.0  # weight of the critics' std (paper 0); more = seeks doubt
+    omega: float = 0.0  # weight of the critics' std (paper 0); more = seeks disagreement
     # a, where every way to explore starts: the policy's sample or its mean (paper silent)
     proposal: Literal["sample", "mean"] = "sample"
     utd: int = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
@@ -129,7 +129,7 @@ class Args:
     exp_adv_max: float = 100.0  # limit of exp(β·A) (100); more = single rows may rule
     normalise_adv: bool = False  # ours (paper: no): A / its std, for any reward scale
     actor_dropout: float = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
-    standardise: bool = True  # ours (paper: no; SO2 too): see (s - mean)/std of the data
+    standardise: bool = True  # ours (papers: no): IQL, AWAC, SO2 see (s - mean)/std of data
     # -- IQL --
     expectile: float = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer the best Q
     online_expectile: Optional[float] = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
@@ -160,7 +160,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, m: int, in_dim: int, out_dim: int):
         super().__init__()
-        # PyTorch's start, ±1/√in, drawn per member: so the critics disagree.
+        # PyTorch's initial values, ±1/√in, drawn per member: so the critics differ.
         bound = in_dim**-0.5
         self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(m, 1, out_dim).uniform_(-bound, bound))
@@ -198,7 +198,7 @@ class Critics(nn.Module):
         return self.net(x).squeeze(-1)
 
     def ask(self, obs: torch.Tensor, actions: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        """Only the critics members (k,), at k/m of the cost: -> (k, B)."""
+        """Only the critics whose numbers are in members (k,), at k/m of the cost: -> (k, B)."""
         x = torch.cat([obs, actions], -1).expand(len(members), -1, -1)
         chosen = {name: weight[members] for name, weight in self.net.named_parameters()}
         return torch.func.functional_call(self.net, chosen, x).squeeze(-1)
@@ -225,7 +225,7 @@ def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
 
 
 def td_target(rewards, ends, next_v, gamma: float) -> torch.Tensor:
-    """IQL Eq. 6: y = r + γ(1 − d)·V(s'); all (B,)."""
+    """IQL Eq. 6: y = r + γ(1 − d)·V(s'): (B,), or (m, B) where V(s') is."""
     return rewards + gamma * (1.0 - ends) * next_v
 
 
@@ -294,16 +294,16 @@ class Batch(NamedTuple):
 
 
 class Base(nn.Module):
-    """What the offline algorithms share. Each owes to this file:
+    """What the offline algorithms share. Each has to define:
 
     update(batches) -> dict   a gradient step per batch; 0-dim tensors to log, of the last batch
     policy(obs, sample, generator) -> (B, A)   π's sample or deterministic action at obs (B, O)
-    q_values(obs, actions) -> (m, B)   what every critic says of (B, O), (B, A), in the task's units;
-                                       here for a base whose critics qf see actions as they are
+    q_values(obs, actions) -> (m, B)   what the critics say of (B, O), (B, A), in the task's units;
+                                       here for critics that see actions as they are
     """
 
     HOT = ()  # methods that --compile compiles, each for one batch
-    FLAGS = ()  # flags that are this base's alone
+    FLAGS = ()  # flags that not every base has, and this one reads
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
@@ -312,7 +312,7 @@ class Base(nn.Module):
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
-        """Take the dataset's statistics (keys of Batch), for good."""
+        """Take the dataset's statistics (keys of Batch); they stay as they are online."""
         if self.args.standardise:
             set_statistics(data["observations"], self.obs_mean, self.obs_std, least=0.01)
 
@@ -336,12 +336,13 @@ class Base(nn.Module):
 
     @torch.no_grad()
     def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.qf(self.standardise(obs), actions)
+        return self.qf(self.standardise(obs), actions)  # the critics, not their slow copies
 
     def critic_metrics(self, q: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        q = q.detach()  # (m, B)
+        """For every base's log: q (m, B) of a batch, and its loss, summed over critics."""
+        q = q.detach()
         return {
-            "losses/qf": loss.detach() / self.args.num_critics,
+            "losses/qf": loss.detach() / self.args.num_critics,  # a mean over critics
             "q_mean": q.mean(),
             "q_std": q.std(0, correction=0).mean(),
         }
@@ -357,7 +358,7 @@ def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: 
 
 
 def orthogonal_(layer: nn.Module) -> None:
-    """IQL's start for module.apply: gain √2 in every layer, the last one too; zero bias."""
+    """IQL's initial weights, for module.apply: orthogonal, gain √2, in every layer; zero bias."""
     if isinstance(layer, (nn.Linear, EnsembleLinear)):
         for weight in layer.weight.view(-1, *layer.weight.shape[-2:]):  # one draw per member
             nn.init.orthogonal_(weight, 2**0.5)
@@ -379,7 +380,7 @@ class IQL(Base):
         self.actor = GaussianActor(obs_dim, act_dim, hidden, args.actor_dropout).eval()
         self.apply(orthogonal_)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        self.expectile, self.beta = args.expectile, args.beta
+        self.expectile, self.beta = args.expectile, args.beta  # set_progress moves them
         self.make_optimizer()
 
     def set_progress(self, share: float) -> None:
@@ -424,14 +425,14 @@ class IQL(Base):
         return metrics | self.critic_metrics(q, qf_loss)
 
     def imitate(self, obs, actions, adv) -> tuple[torch.Tensor, dict]:
-        """Actor: −min(exp(β·A), limit)·log π(a|s), imitation that favours what beat V (Eq. 7)."""
-        if self.args.normalise_adv:
+        """Actor: −min(exp(β·A), limit)·log π(a|s) (IQL Eq. 7); A (B,) -> its loss, metrics."""
+        if self.args.normalise_adv:  # scaled, not centred: the sign of A has a meaning
             adv = adv / (adv.std() + 1e-6)
         weight = advantage_weights(adv, self.beta, self.args.exp_adv_max)  # (B,)
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
         self.actor.eval()
-        # Without checks, which would wait for the GPU.
+        # Checks would read values back from the GPU, and wait for it.
         pi = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
         loss = -(weight * pi.log_prob(actions).sum(-1)).mean()
         return loss, {
@@ -473,7 +474,7 @@ class LAPO(Base):
         self.encoder = mlp([obs_dim + act_dim, *hidden, 2 * latent_dim])
         self.decoder = mlp([obs_dim + latent_dim, *hidden, act_dim])
         self.actor = mlp([obs_dim, *hidden, latent_dim])
-        # The authors keep slow copies of V and the encoder too, but nothing ever asks them.
+        # The authors keep slow copies of V and the encoder too, but nothing uses them.
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.decoder_target = copy.deepcopy(self.decoder).requires_grad_(False)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
@@ -528,8 +529,8 @@ class LAPO(Base):
         """One step on Q and V; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
-            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix(s, a'), a' a noisy action of
-            # the slow policy: V is the latent policy's value, where IQL's is that of good data.
+            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = mixed_q at a noisy action of the
+            # slow policy at s: V is the latent policy's value, where IQL's is that of good data.
             target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), self.args.gamma)
             noise = torch.randn(len(obs), self.latent_dim, device=obs.device)
             policy_action = self.act(obs, self.actor_target, self.decoder_target, noise)
@@ -590,22 +591,23 @@ class LAPO(Base):
 class AWAC(IQL):
     """Advantage-weighted actor-critic (Nair et al., arXiv 2006.09359): IQL's actor, no V."""
 
-    # IQL never asks about an action outside of the data; AWAC asks about the policy's. Its release
-    # divides the weights by their sum over the batch, ours are IQL's: β means the same in both.
+    # IQL never asks about an action outside of the data; AWAC asks about the policy's. Ours: the
+    # weights exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β.
     # d3rlpy's AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
 
-    FLAGS = IQL.FLAGS[:-2]  # no expectile
+    FLAGS = [flag for flag in IQL.FLAGS if not flag.endswith("expectile")]
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One update of actor and critics, both from the critics before it."""
         obs, actions, rewards, next_obs, ends = batch
+        obs, next_obs = self.standardise(obs), self.standardise(next_obs)
         with torch.no_grad():
             # y = r + γ(1 − d)·min_j Q̂_j(s', a'), a' ~ π(·|s').
-            next_action = self.policy(next_obs, sample=True)
-            next_q = self.qf_target(self.standardise(next_obs), next_action).amin(0)  # (B,)
+            next_action = self.policy(batch.next_observations, sample=True)
+            next_q = self.qf_target(next_obs, next_action).amin(0)  # (B,)
             target = td_target(rewards, ends, next_q, self.args.gamma)
             # A = min_j Q_j(s, a) − min_j Q_j(s, a_π), a_π ~ π(·|s): better than the policy's own?
-            v = self.q_values(obs, self.policy(obs, sample=True)).amin(0)
-        obs = self.standardise(obs)
+            v = self.qf(obs, self.policy(batch.observations, sample=True)).amin(0)
         q = self.qf(obs, actions)  # (m, B)
         actor_loss, metrics = self.imitate(obs, actions, q.detach().amin(0) - v)
         qf_loss = ensemble_mse(q, target)
@@ -615,13 +617,13 @@ class AWAC(IQL):
 
 
 class SO2(Base):
-    """SO2 (Zhang et al., arXiv 2312.07685): SAC with m critics, cautious offline only."""
+    """SO2 (Zhang et al., arXiv 2312.07685): SAC with m critics, and other targets online."""
 
-    # Offline (SAC-N) the minimum over the critics is every target: low where the data is thin.
-    # Online each critic has its own, at a blurred action (perturbed value update), ten updates a
-    # step. So SO2 changes its objective at the switch, which O3F promises not to: what holds
-    # fine-tuning back, what is tried, or what is learned from it? As published it explores by
-    # --explore policy and --num-critics 10; o3f on top is ours, and batch and rate online too.
+    # Offline it is SAC-N (arXiv 2110.01548): one target for all critics, with the minimum over
+    # them, which is low where data is thin. Online each critic has its own target, no minimum,
+    # at a next action with noise (perturbed value update), and ten updates a step. The actor keeps
+    # the minimum in both phases. So O3F changes what is tried, SO2 what is learned from it.
+    # Ours: o3f on top of it; no diversity term (EDAC), no warm-up; Adam, batch, rate carry on.
 
     HOT = ("update_critics", "update_actor")
     FLAGS = "target_noise online_alpha standardise".split()
@@ -637,18 +639,18 @@ class SO2(Base):
         self.make_optimizer()
 
     def set_progress(self, share: float) -> None:
-        self.online = True  # all that it is told of the switch
+        self.online = True  # the switch, from the first online step on
 
-    def sample(self, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         """a = tanh(u), u ~ N(μ(s), σ(s)²), and log π(a|s): (B, O) -> (B, A), (B,)."""
         mean, log_std = self.actor(obs).chunk(2, -1)
-        pi = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
-        u = mean + pi.stddev * torch.randn(mean.shape, device=obs.device, generator=generator)
-        # tanh squeezes by 1 − tanh²u = 4/(eᵘ + e⁻ᵘ)², whose log this is for any u.
+        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
+        u = mean + normal.stddev * torch.randn(mean.shape, device=obs.device, generator=generator)
+        # log(1 − tanh²u), tanh's slope, as log(4/(eᵘ + e⁻ᵘ)²), which is finite for any u.
         log_slope = 2.0 * (np.log(2.0) - u - nn.functional.softplus(-2.0 * u))
-        return torch.tanh(u), (pi.log_prob(u) - log_slope).sum(-1)
+        return torch.tanh(u), (normal.log_prob(u) - log_slope).sum(-1)
 
-    def alpha(self) -> torch.Tensor:
+    def alpha(self) -> torch.Tensor:  # learned from 1 offline, constant online
         learned = self.log_alpha.detach().exp()
         return torch.full_like(learned, self.args.online_alpha) if self.online else learned
 
@@ -662,14 +664,14 @@ class SO2(Base):
         obs, actions, rewards, next_obs, ends = batch
         obs, next_obs = self.standardise(obs), self.standardise(next_obs)
         with torch.no_grad():
-            # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s'))
-            next_action, log_prob = self.sample(next_obs)
-            if self.online:  # at a' + clip(ε, ±2 std)
+            # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s')); offline min_j Q̂_j for all j.
+            next_action, log_prob = self.draw(next_obs)
+            if self.online:  # Q̂_j at a' + clip(ε, ±2 std), log π still of a'
                 noise = torch.randn_like(next_action).clamp(-2.0, 2.0)
                 next_action = (next_action + self.args.target_noise * noise).clamp(-1.0, 1.0)
             next_q = self.qf_target(next_obs, next_action)  # (m, B)
             if not self.online:
-                next_q = next_q.amin(0)  # (B,), for all critics
+                next_q = next_q.amin(0)  # (B,)
             target = td_target(rewards, ends, next_q - self.alpha() * log_prob, self.args.gamma)
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
@@ -677,8 +679,8 @@ class SO2(Base):
         return self.critic_metrics(q, qf_loss)
 
     def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        action, log_prob = self.sample(obs)
-        # Least α·log π(a|s) − min_j Q_j(s, a); α grows while the entropy is below −|A|.
+        action, log_prob = self.draw(obs)
+        # Minimise α·log π(a|s) − min_j Q_j(s, a); α grows while the entropy is below −|A|.
         loss = (self.alpha() * log_prob - self.qf(obs, action).amin(0)).mean()
         alpha_loss = -self.log_alpha * (log_prob.detach().mean() - self.sizes[1])
         learners = list(self.actor.parameters())
@@ -692,7 +694,7 @@ class SO2(Base):
     def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
         obs = self.standardise(obs)
         if sample:
-            return self.sample(obs, generator)[0]
+            return self.draw(obs, generator)[0]
         return torch.tanh(self.actor(obs).chunk(2, -1)[0])
 
 
@@ -704,11 +706,9 @@ def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
     if args.explore == "policy":
         return action, torch.zeros_like(action[:, 0])
-    if args.explore == "noise":
-        noise = torch.randn(action.shape, device=action.device, generator=generator)
-        return (action + args.sigma * noise).clamp(-1.0, 1.0), torch.zeros_like(action[:, 0])
+    n = args.num_candidates if args.explore == "o3f" else 1  # noise: one candidate, no choice
     return optimistic_action(  # new in O3F
-        obs, action, agent.q_values, args.num_candidates, args.sigma, args.omega, generator
+        obs, action, agent.q_values, n, args.sigma, args.omega, generator
     )
 
 
@@ -787,7 +787,7 @@ def main(args: Args) -> dict:
         for step in run.steps("offline", last=0):
             run.record(step, timed_learn(agent, buffer, args, utd=1))
 
-        # O3F's Algorithm 1: objective, buffer and optimiser carry on.
+        # O3F's Algorithm 1: objective (but SO2's), buffer and optimiser carry on.
         # Reset twice: the first draws what is drawn once (the goal of ant mazes v0 and v1), then
         # each episode has its own seed: a resumed run needs no simulator state.
         env.reset(seed=env_seed)
@@ -1289,13 +1289,12 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict] = N
 # ==== 9. Evaluation ====
 def kendall_tau(x, y, window: int = 10) -> np.ndarray:
     """Kendall's τ of x and y (T,) in every window of ten steps, (T − 9,); SO2's diagnostic."""
-    # (pairs in the same order − pairs in opposite order) / all pairs: 1, −1, or 0 for ties.
+    # τ = (pairs that x and y order alike − pairs they order oppositely) / all pairs; ties add 0.
     if len(x) < window:
         return np.zeros(0)
     i, j = np.triu_indices(window, 1)  # 45 pairs
-    views = (np.lib.stride_tricks.sliding_window_view(series, window) for series in (x, y))
-    signs = [np.sign(view[:, i] - view[:, j]) for view in views]
-    return (signs[0] * signs[1]).mean(1)
+    both = np.lib.stride_tricks.sliding_window_view([x, y], window, axis=1)  # (2, T − 9, 10)
+    return np.sign(both[..., i] - both[..., j]).prod(0).mean(1)
 
 
 @torch.no_grad()
@@ -1308,7 +1307,7 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
     args = replace(args, explore=explore, proposal="mean")  # no sample of the policy
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     q, rewards = [[] for _ in envs], [[] for _ in envs]  # of each episode's steps
-    returns, ended, limited = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
+    returns, ended, cut = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
     while not ended.all():
         running = np.flatnonzero(~ended)
         obs_tensor = torch.as_tensor(obs[running], dtype=torch.float32, device=device)
@@ -1319,31 +1318,31 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
             train_reward, end = rule(obs[i], reward, next_obs, terminated)
             returns[i] += reward
             q[i].append(q_now)
-            rewards[i].append(train_reward)
+            rewards[i].append(float(train_reward))
             obs[i] = next_obs
             ended[i] = terminated or truncated
-            limited[i] = not end
-    to_go = [np.array(episode, float) for episode in rewards]  # discounted return from a step on
-    for episode in to_go:
+            cut[i] = not end  # of its last step
+    for episode in rewards:  # becomes the discounted return from each step on
         for t in reversed(range(len(episode) - 1)):
             episode[t] += args.gamma * episode[t + 1]
-    # At a time limit more would have come: what γ^k > 5 % of it reaches does not count for τ.
+    # Where a limit cut an episode, more would have come. τ leaves out the steps for which that
+    # counts for more than 5 %: those k before the end with γ^k > 0.05.
     tail = int(np.log(0.05) / np.log(np.clip(args.gamma, 1e-6, 1 - 1e-6)))
-    taus = np.zeros(0)
+    taus = []
     for i in range(n):
-        last = max(0, len(q[i]) - tail * limited[i])
-        taus = np.append(taus, kendall_tau(q[i][:last], to_go[i][:last]))
+        kept = max(0, len(q[i]) - tail * cut[i])
+        taus.extend(kendall_tau(q[i][:kept], rewards[i][:kept]))
     scores = task.score(returns)
     results = {
         "eval/score": scores.mean(),
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
         "eval/length": np.mean([len(episode) for episode in q]),
-        # Far apart, or still moving: do not trust the critics yet.
+        # Still moving: not settled. Far apart: neither; but IQL's Q aims higher, SO2's has entropy.
         "eval/q_start": np.mean([episode[0] for episode in q]),  # what they expect at the start
-        "eval/discounted_return": np.mean([episode[0] for episode in to_go]),  # what came of it
+        "eval/discounted_return": np.mean([episode[0] for episode in rewards]),  # what came of it
         # Do they know good steps from bad? 1: always; 0: no, or no episode is long enough.
-        "eval/kendall_tau": taus.mean() if len(taus) else 0.0,
+        "eval/kendall_tau": np.mean(taus or 0.0),
     }
     if task.family in ("kitchen", "antmaze"):
         results["eval/success"] = (scores >= 100.0).mean()  # all sub-tasks, or the goal
@@ -1383,12 +1382,11 @@ def load_saved(args: Args) -> Optional[dict]:
     if not path.is_file():
         wrong = f"{args.resume or args.load}: no checkpoint there yet, or no such file"
         raise UserError(f"{wrong}; --resume takes a run's folder, --load a file")
-    failures = []
-    with explain("torch", failures.append):  # its advice would be to run the file's code
+    try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         version = saved["version"]
-    if failures:
-        raise UserError(f"{path} is no whole file of this program")
+    except Exception:  # torch would advise to run the file's code
+        raise UserError(f"{path} is no whole file of this program") from None
     if version != VERSION:
         raise UserError(f"{path} is of version {version}, not {VERSION}")
     if args.resume and "rows" not in saved:
@@ -1556,7 +1554,7 @@ class Run(contextlib.ExitStack):
         line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
         line += "{eval/q_start:.4g}, discounted return {eval/discounted_return:.4g}"
         if results["eval/kendall_tau"]:
-            line += ", τ {eval/kendall_tau:.2f}"
+            line += ", Kendall's τ {eval/kendall_tau:.2f}"
         tqdm.write(line.format(self.step, **results))
 
     def checkpoint(self) -> None:  # if it cannot be written, the older one stays
@@ -1676,11 +1674,6 @@ def parse(argv: Optional[list[str]] = None) -> Args:
     if first.load:  # a flag that contradicts the file is refused by check
         saved = load_saved(first)["args"]
         known = {name: saved[name] for name in IDENTITY}
-    own = BASES[known["base"]].FLAGS
-    for base in BASES.values():  # a flag that does nothing would mislead
-        for name in given.intersection(base.FLAGS).difference(own):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: no part of --base {known['base']}")
     return twice(default=preset(**known))
 
 
@@ -1704,7 +1697,7 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
         if saved and name in IDENTITY and saved["args"][name] != value:
             then = saved["args"][name]
             raise UserError(f"the saved agent has {name} {then}, this run {value}")
-    for base in BASES.values():  # from Python; parse knows what was given
+    for base in BASES.values():  # a flag that does nothing would mislead
         for name in set(base.FLAGS) - set(BASES[args.base].FLAGS):
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}")

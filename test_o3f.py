@@ -449,7 +449,7 @@ def a_squashed(actor, obs, noise):
 def test_so2_samples_and_their_log_probability():
     agent, obs = a_agent("so2"), torch.randn(64, 7).double()
     agent.actor[-1].bias.data.copy_(torch.tensor([0.2, 2.0, -30.0, 0.3, 3.0, -9.0]))  # std < e²
-    action, log_prob = agent.sample(obs, a_draws(4))
+    action, log_prob = agent.draw(obs, a_draws(4))
     by_hand = a_squashed(agent.actor, obs, torch.randn(64, 3, generator=a_draws(4)))
     assert torch.allclose(action, by_hand[0]) and torch.allclose(log_prob, by_hand[1])
     assert (action[:, 2] == -1).all() and torch.isfinite(log_prob).all()
