@@ -54,6 +54,7 @@ import runpy
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -1633,7 +1634,7 @@ def plot(folders: list[Path], path: Path) -> str:
         if seed in curves:
             raise UserError(f"--plot {config.parent}: a second run of seed {seed}")
         curves[seed] = curve
-    axes = Figure(figsize=(7, 4 + 0.2 * len(groups)), dpi=120, layout="constrained").subplots()
+    axes = Figure(figsize=(7, 4), dpi=120, layout="constrained").subplots()
     table = f"| runs | seeds | first | last |\n{'|---' * 4}|\n"
     for flags, curves in groups.items():
         steps = sorted(set.intersection(*map(set, curves.values())))  # those of all
@@ -1641,7 +1642,9 @@ def plot(folders: list[Path], path: Path) -> str:
         # A curve's name: the flags that not all have.
         label = ", ".join(sorted(flags - frozenset.intersection(*groups)))
         label = label or f"{args['env_id']} {args['base']} {args['explore']}"
-        axes.plot(steps, scores.mean(0), ".-", label=label)
+        lines = textwrap.wrap(label, 90)
+        axes.plot(steps, scores.mean(0), ".-", label="\n".join(lines))
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 * len(lines))
         axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
         table += f"| {label} | {sorted(curves)}"
         for i in (0, -1):
