@@ -1389,7 +1389,8 @@ def load_saved(args: Args) -> Optional[dict]:
     except Exception:  # torch would advise to run the file's code
         raise UserError(f"{path} is no whole file of this program") from None
     if version != VERSION:
-        raise UserError(f"{path} is of version {version}, not {VERSION}")
+        wrong = f"{path} is of version {version}, not {VERSION}"
+        raise UserError(f"{wrong}: use the o3f.py that wrote it")
     if args.resume and "rows" not in saved:
         raise UserError(f"{path} is an agent, no checkpoint: use --load")
     return saved
