@@ -45,6 +45,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import ctypes.util
 import functools
 import importlib.util
 import json
@@ -66,6 +67,10 @@ from typing import Callable, Literal, NamedTuple, Optional, get_args, get_type_h
 import filelock
 import gymnasium as gym
 import h5py
+
+if "--video" in " ".join(sys.argv) and sys.platform == "linux" and "DISPLAY" not in os.environ:
+    # Without a screen: MuJoCo reads what is to draw when it is imported.
+    os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
 import mujoco
 import numpy as np
 import pooch
@@ -95,8 +100,9 @@ class Args:
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     plot: tuple[str, ...] = ()  # draw these runs, or all in these folders
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
+    video: str = ""  # .gif or .mp4: at the end film the policy beside the optimistic action
     # -- task and data --
-    dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random: collected; or a file
+    dataset: str = ""  # D4RL's (*-random-v2: collected), random (collected), minari:ID or a file
     dataset_size: int = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     # satisfied sub-tasks - 4 in both phases, or the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
@@ -926,8 +932,10 @@ class MujocoEnv(gym.Env):  # what kitchen and ant maze share
     renderer = None  # made at the first picture: training needs no OpenGL
 
     def __init__(self, model: mujoco.MjModel, obs_dim: int, limit: float, render_mode):
+        if render_mode not in (None, "rgb_array"):
+            raise UserError(f"render_mode {render_mode}: only rgb_array is here, or None")
         self.model, self.data = model, mujoco.MjData(model)
-        self.render_mode = render_mode
+        self.render_mode, self.camera = render_mode, mujoco.MjvCamera()  # free, it is moved below
         self.observation_space = gym.spaces.Box(-limit, limit, (obs_dim,), np.float64)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (model.nu,), np.float32)
 
@@ -943,9 +951,15 @@ class MujocoEnv(gym.Env):  # what kitchen and ant maze share
         self.put(*self.start())
         return self.observe(), {}
 
-    def render(self) -> np.ndarray:  # without a screen: MUJOCO_GL=egl
-        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 640)
-        self.renderer.update_scene(self.data)
+    def render(self) -> np.ndarray:  # (480, 640, 3); without a screen: MUJOCO_GL=egl
+        if self.renderer is None:
+            # Drawn on a CPU, a kitchen took 1.4 s: 1.1 for the shadows of four lamps, 0.3 for
+            # eight samples a pixel of a frame that is 16 times as large as ours.
+            self.model.vis.quality.offsamples = 4
+            self.model.vis.global_.offwidth, self.model.vis.global_.offheight = 640, 480
+            self.renderer = mujoco.Renderer(self.model, 480, 640)
+            self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
 
 
@@ -994,6 +1008,8 @@ class KitchenEnv(MujocoEnv):
     def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, render_mode=None):
         super().__init__(kitchen_model(), 60, 8.0, render_mode)
         self.targets, self.noise_ratio = targets, noise_ratio  # 0.1 is D4RL's
+        self.camera.lookat, self.camera.distance = [-0.2, 0.5, 2.0], 2.2  # m; D4RL's view
+        self.camera.azimuth, self.camera.elevation = 70, -35
         config = d4rl_dir() / "kitchen/adept_envs/franka/robot/franka_config.xml"
         joints = ElementTree.parse(config).getroot()[:30]
         self.bounds = np.array([x.get("pos_bound").split() for x in joints], float).T  # (2, 30)
@@ -1049,6 +1065,10 @@ class AntMazeEnv(MujocoEnv):
         # A visible goal. Compiled at 0, MuJoCo would take it for fixed.
         spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3)
         super().__init__(spec.compile(), 29, np.inf, render_mode)
+        middle = 2.0 * np.array(cells.shape) - 2.0 - 4.0 * start
+        self.camera.lookat = [middle[1], middle[0], 0.0]
+        self.camera.azimuth, self.camera.elevation = 90, -80  # from above, x to the right
+        self.camera.distance = 5.5 * len(cells)
         self.goal = None
         self.moves = env_id.endswith("v2")  # v0, v1: the first draw stays
 
@@ -1084,12 +1104,16 @@ KEYS = "observations actions rewards terminals timeouts".split()  # of D4RL's fi
 
 def find_dataset(args: Args, env: gym.Env) -> Path:
     """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded."""
+    # d4rl's own folder and names: its downloads are found.
+    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
+    if args.dataset.startswith("minari:"):
+        path = cache / re.sub("[/:]", "-", f"{args.dataset}.{args.env_id}.hdf5")
+        convert_minari(args, env, path)
+        return path
     if args.dataset not in ("", "random"):
         if not Path(args.dataset).is_file():
             raise UserError(f"--dataset {args.dataset}: there is no such file")
         return Path(args.dataset)
-    # d4rl's own folder and names: its downloads are found.
-    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
     name = re.sub("[/:]", "-", args.env_id)
     random = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
     official = cache / f"{name.replace('-random', '_random')}.hdf5"
@@ -1122,7 +1146,36 @@ def download(env_id: str, cache: Path, env: gym.Env) -> Path:
             load_hdf5(path, env)
             return path
         path.unlink(missing_ok=True)  # an error page, say
-    raise UserError(f"no source for {path.name}: {failures}. Ways on: --dataset FILE, random")
+    ways = "--dataset FILE, random"
+    if get_task(env_id).family == "kitchen":  # the same demonstrations, simulated anew
+        ways += f", minari:D4RL/kitchen/{env_id.split('-')[1]}-v2"
+    raise UserError(f"no source for {path.name}: {failures}. Ways on: {ways}")
+
+
+def open_minari(dataset: str):
+    """minari:ID as a minari.MinariDataset, from its own folder or its server."""
+    with explain(f'--dataset {dataset}: needs pip install "minari[hdf5,hf]" and an ID it knows'):
+        return importlib.import_module("minari").load_dataset(dataset[7:], download=True)
+
+
+def convert_minari(args: Args, env: gym.Env, path: Path) -> None:
+    """Write a Minari dataset in D4RL's layout: flat observations, actions in the ±1 box."""
+    dataset, targets = open_minari(args.dataset), KITCHENS.get(args.env_id)
+    low, high, rows = dataset.action_space.low, dataset.action_space.high, []
+    with explain(f"--dataset {args.dataset}: no flat boxes, nor of {args.env_id}"):
+        for episode in dataset.iterate_episodes():
+            obs, rewards = episode.observations, episode.rewards
+            if targets:  # (T + 1, 59): 9 + 9 of the robot, 21 + 20 of objects, joints + velocities
+                state = obs["observation"]
+                goal = np.broadcast_to(env.unwrapped.goal, (len(state), 30))
+                obs = np.concatenate([state[:, :9], state[:, 18:39], goal], 1)
+                rewards = kitchen_done(obs[:-1], targets).sum(1)  # as in D4RL's files
+            actions = 2.0 * (episode.actions - low) / (high - low) - 1.0
+            ends, timeouts = episode.terminations, episode.truncations.copy()
+            timeouts[-1] = not ends[-1]
+            rows.append((obs[:-1], actions, rewards, ends, timeouts))
+        columns = [np.concatenate(column) for column in zip(*rows)]
+    write_hdf5(path, columns)
 
 
 def collect_random(env_id: str, size: int, path: Path) -> None:
@@ -1136,10 +1189,14 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         obs = next_obs
         if terminated or truncated:
             obs, _ = env.reset()
+    write_hdf5(path, zip(*rows))
+
+
+def write_hdf5(path: Path, columns) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a kill leaves no half file
     part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
-        for name, column in zip(KEYS, zip(*rows)):
+        for name, column in zip(KEYS, columns):
             file[name] = np.array(column, np.float32)
     part.replace(path)  # a rename is whole or not at all
 
@@ -1350,6 +1407,51 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
     return results
 
 
+@torch.no_grad()
+def film(agent: Base, args: Args, seed: int) -> None:
+    """--video: an evaluation episode of the policy, and beside it one of the optimistic action."""
+    import imageio.v3 as imageio  # with Pillow, a part of gymnasium[mujoco] and matplotlib
+    from PIL import Image, ImageDraw
+
+    device, films = next(agent.parameters()).device, []
+    generator = torch.Generator(device).manual_seed(seed)
+    for explore in ("policy", "o3f"):
+        args = replace(args, explore=explore, proposal="mean")
+        env = make_env(args.env_id, render_mode="rgb_array")
+        every = max(1, round(env.get_wrapper_attr("_max_episode_steps") / 150))
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)  # of gymnasium's tasks
+        if renderer and renderer.model.ncam:
+            renderer.camera_id = 0  # the model's own, which goes along
+        obs, _ = env.reset(seed=seed)
+        frames, returned, step, over = [], 0.0, 0, False
+        while True:
+            if step % every == 0 or over:
+                frame = Image.fromarray(env.render())
+                text = f"{explore}   step {step}   return {returned:.1f}"
+                ImageDraw.Draw(frame).text((8, 8), text, font_size=24, fill="white", stroke_width=2,
+                                           stroke_fill="black")  # fmt: skip
+                frames.append(frame)
+            if over:
+                break
+            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]
+            action, _ = explore_action(agent, obs_tensor, args, generator)
+            obs, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
+            over = terminated or truncated
+            returned += float(reward)
+            step += 1
+        env.close()
+        films.append(frames)
+    for frames in films:  # who is done first waits for the other
+        frames += frames[-1:] * (max(map(len, films)) - len(frames))
+    pictures = [np.concatenate(pair, 1) for pair in zip(*films)]
+    if args.video.endswith(".gif"):  # half as wide and high: a tenth of the bytes
+        imageio.imwrite(args.video, [x[::2, ::2] for x in pictures], duration=50, loop=0)  # in ms
+    else:
+        imageio.imwrite(args.video, pictures, fps=20)
+    drawn = os.environ.get("MUJOCO_GL", "the screen's OpenGL")
+    print(f"video: {args.video}, {len(pictures)} frames, drawn by {drawn}")
+
+
 # ==== 10. Saved agents, the run's folder, the command line ====
 VERSION = 4  # of saved files
 # What a saved agent and the run that loads it must agree in.
@@ -1357,6 +1459,7 @@ IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim 
 IDENTITY += ["gamma", "layer_norm", "standardise"]
 # In which the runs of one curve may differ.
 OWN = "seed run_dir resume load device track plot plot_to log_every checkpoint_minutes".split()
+OWN += ["video"]
 # Numbers from 0 to 1.
 SHARES = "gamma tau expectile online_expectile actor_dropout offline_ratio doubleq_min good_weight"
 
@@ -1472,6 +1575,13 @@ class Run(contextlib.ExitStack):
             wandb.init(project="o3f", name=self.folder.name, config=config, sync_tensorboard=True)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.callback(self.board.close)  # however the run ends
+        charts = {  # of TensorBoard's tab "custom scalars": where to look first
+            "score": ["eval/score", "train/score"],
+            "what the critics promise, and what came": ["eval/q_start", "eval/discounted_return"],
+            "what the choice claims to gain": ["o3f/optimism"],
+        }
+        layout = {title: ["Multiline", tags] for title, tags in charts.items()}
+        self.board.add_custom_scalars({"O3F": layout})
 
     def note_signal(self, signum, frame) -> None:
         self.stop = True
@@ -1540,7 +1650,8 @@ class Run(contextlib.ExitStack):
             if not np.isfinite(value):
                 wrong = f"{name} is {value} by step {self.step}: training diverged"
                 raise UserError(f"{wrong}; lower --learning-rate")
-            self.board.add_scalar(f"{table}/{name}", value, self.step)  # for TensorBoard
+            tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
+            self.board.add_scalar(tag, value, self.step)  # for TensorBoard
         # Closed after each row: nothing waits in a buffer.
         with open(self.folder / f"{table}.csv", "a") as file:
             writer = csv.writer(file, lineterminator="\n")  # as restore writes them
@@ -1605,6 +1716,9 @@ class Run(contextlib.ExitStack):
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if finished:
             print(f"score {self.scores[step]:.1f}; files in {self.folder}")
+            if self.args.video:
+                with explain(f"--video {self.args.video}: not made, all else is saved"):
+                    film(self.agent, self.args, self.eval_seed)
         elif self.saved_step is None:
             print(f"stopped at step {step:,}, before the first checkpoint")
         else:
@@ -1675,6 +1789,8 @@ def parse(argv: Optional[list[str]] = None) -> Args:
     if "plot" in given and not first.plot:
         raise UserError("--plot: name the folders of runs")
     known = dict(env_id=first.env_id, base=first.base)
+    if first.dataset.startswith("minari:") and "env_id" not in given:
+        known["env_id"] = open_minari(first.dataset).env_spec.id
     if first.load:  # a flag that contradicts the file is refused by check
         saved = load_saved(first)["args"]
         known = {name: saved[name] for name in IDENTITY}
@@ -1713,6 +1829,10 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
         raise UserError("lower --num-candidates, --batch-size or --hidden-dim: over 8 GB")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UserError("--track: pip install wandb")
+    if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
+        raise UserError(f"--video {args.video}: let it end in .gif or .mp4")
+    if args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UserError('--video: a gif needs nothing, mp4 needs pip install "imageio[ffmpeg]"')
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: none is found, use auto")
 

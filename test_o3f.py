@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import ctypes.util
 import dataclasses
 import hashlib
 import http.server
@@ -2098,10 +2099,10 @@ def test_requirements_are_those_in_the_programs_head():
     block = re.search(r"# dependencies = \[(.*?)\n# \]", head, re.DOTALL)[1]
     lines = (HERE / "requirements.txt").read_text().splitlines()
     lines = {line for line in lines if line and not line.startswith("#")}
-    (tests,) = {line for line in lines if line.startswith("pytest")}
+    tests = {line for line in lines if line.startswith(("pytest", "minari", "pandas"))}
     in_head = re.findall(r'"(.+?)"', block)
     assert len(in_head) == len(set(in_head)) > 9
-    assert set(in_head) - lines == {"d4rl==1.1"} and lines - set(in_head) == {tests}
+    assert set(in_head) - lines == {"d4rl==1.1"} and lines - set(in_head) == tests
 
 def test_resume_after_a_kill_between_opening_and_writing_a_table(home):
     assert cli(SHORT + "--run-dir a") == 0
@@ -2121,3 +2122,184 @@ def test_handlers_and_lock_after_a_failed_start(home):
     assert after is before
     with filelock.FileLock("b/.lock", timeout=0):
         pass
+
+
+# ---- Minari's datasets, films, dashboards, notebooks ---------------------------------------------
+def a_minari(root, name, env_spec, action_space, observation_space, episodes):
+    """Minari's format on disk, as its package 0.5 writes it (that needs jax)."""
+    from minari.serialization import serialize_space
+
+    folder = root / name / "data"
+    folder.mkdir(parents=True)
+    with h5py.File(folder / "main_data.hdf5", "w") as file:
+        for i, episode in enumerate(episodes):
+            group = file.create_group(f"episode_{i}")
+            group.attrs.update(id=i, total_steps=len(episode["rewards"]))
+            group.create_group("infos")
+            for key, values in episode.items():
+                if isinstance(values, dict):
+                    values = {f"{key}/{part}": x for part, x in values.items()}
+                else:
+                    values = {key: values}
+                for path, x in values.items():
+                    group[path] = x
+    about = dict(total_episodes=len(episodes), data_format="hdf5", jpeg_encoding=True)
+    about |= dict(total_steps=sum(len(episode["rewards"]) for episode in episodes))
+    about |= dict(observation_space=serialize_space(observation_space), dataset_id=name)
+    about |= dict(action_space=serialize_space(action_space), minari_version="0.5.3")
+    (folder / "metadata.json").write_text(json.dumps(about | dict(env_spec=env_spec.to_json())))
+
+
+def a_episode(rng, steps, obs, action_dim, terminated, low=-1.0, high=1.0):
+    ends = np.arange(steps) == steps - 1
+    actions = rng.uniform(low, high, (steps, action_dim)).astype(np.float32)
+    episode = dict(observations=obs, actions=actions, rewards=rng.normal(size=steps))
+    return episode | dict(terminations=ends & terminated, truncations=ends & ~terminated)
+
+
+def test_a_flat_minari_dataset_brings_its_environment_and_trains(home, monkeypatch, capsys):
+    minari = pytest.importorskip("minari", reason="minari is not installed")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    rng, episodes = np.random.default_rng(3), []
+    for steps, terminated in ((30, np.False_), (20, np.True_)):
+        obs = rng.normal(size=(steps + 1, 3)).astype(np.float32)
+        episodes.append(a_episode(rng, steps, obs, 1, terminated, -2.0, 2.0))
+    box = gym.spaces.Box(-8, 8, (3,), np.float32)
+    spec = gym.spec("Pendulum-v1")
+    a_minari(home / "minari", "o/p-v0", spec, gym.spaces.Box(-2, 2, (1,), np.float32), box, episodes)
+    assert minari.load_dataset("o/p-v0").total_steps == 50
+    flags = "--dataset minari:o/p-v0 --offline-steps 5 --online-steps 5 --eval-episodes 1"
+    assert cli(f"{flags} --reward-transform none --run-dir a") == 0
+    assert "data: minari-o-p-v0" in capsys.readouterr().out
+    config = json.loads(Path("a/config.json").read_text())
+    assert config["env_id"] == "Pendulum-v1"
+    args = o3f.Args(**{**config, "run_dir": ""})
+    data, _, facts = o3f.load_dataset(args, o3f.get_task("Pendulum-v1"), o3f.make_env("Pendulum-v1"))
+    assert facts["rows"] == 50
+    # By hand: a true end keeps its row, a time limit does not (its next row is another episode's);
+    # the very last row has no next one.
+    want = [(0, t) for t in range(29)] + [(1, t) for t in range(19)]
+    assert len(data["rewards"]) == len(want)
+    for row, (i, t) in enumerate(want):
+        episode = episodes[i]
+        assert np.allclose(data["observations"][row], episode["observations"][t])
+        assert np.allclose(data["next_observations"][row], episode["observations"][t + 1])
+        assert np.allclose(data["actions"][row], episode["actions"][t] / 2, atol=1e-4)
+        assert np.isclose(data["rewards"][row], episode["rewards"][t])
+    # Another environment by name, of another shape: refused.
+    capsys.readouterr()
+    assert cli(f"{flags} --env-id Hopper-v4 --run-dir b") == 2
+    assert "observations has shape (50, 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kitchen_rewards", ["consistent", "stock"])
+def test_minaris_kitchen_becomes_d4rls_columns(home, monkeypatch, capsys, kitchen_rewards):
+    pytest.importorskip("minari", reason="minari is not installed")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    rng, episodes = np.random.default_rng(4), []
+    env = o3f.make_env("kitchen-mixed-v0")
+    start = env.reset(seed=0)[0][:30]
+    for steps in (12, 15):
+        state = rng.normal(size=(steps + 1, 59))
+        objects = np.tile(start[9:30], (steps + 1, 1))
+        objects[5:, 22 - 9] = -0.75  # the microwave is open from step 5 on
+        state[:, 18:39] = objects
+        desired = dict(observation=state, desired_goal=np.zeros((steps + 1, 1)))
+        episodes.append(a_episode(rng, steps, desired, 9, np.False_))
+    box = gym.spaces.Box(-np.inf, np.inf, (59,), np.float64)
+    goal = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    spaces = gym.spaces.Dict(observation=box, desired_goal=goal)
+    spec = gym.envs.registration.EnvSpec("FrankaKitchen-v1", "gymnasium_robotics:KitchenEnv")
+    actions = gym.spaces.Box(-1, 1, (9,), np.float64)
+    a_minari(home / "minari", "D4RL/kitchen/mixed-v2", spec, actions, spaces, episodes)
+    flags = "--dataset minari:D4RL/kitchen/mixed-v2 --offline-steps 3 --online-steps 0 "
+    flags += f"--eval-episodes 1 --kitchen-rewards {kitchen_rewards} --run-dir a"
+    assert cli(f"--env-id kitchen-mixed-v0 {flags}") == 0
+    args = o3f.Args(**json.loads(Path("a/config.json").read_text()))
+    data, _, _ = o3f.load_dataset(args, o3f.get_task(args.env_id), env)
+    row = 0
+    for episode in episodes:
+        state = episode["observations"]["observation"]
+        for t in range(len(state) - 2):  # the last row of each was a time limit
+            columns = [*range(9), *range(18, 39)]
+            assert np.allclose(data["observations"][row, :30], state[t, columns])
+            assert np.allclose(data["observations"][row, 30:], env.unwrapped.goal)
+            satisfied = float(t >= 5)
+            want = satisfied - 4 if kitchen_rewards == "consistent" else satisfied
+            assert data["rewards"][row] == want
+            row += 1
+    assert row == len(data["rewards"])
+    # Its own environment is not here: the tasks that are get named.
+    capsys.readouterr()
+    assert cli(flags) == 2
+    assert "kitchen-(complete|partial|mixed)-v0" in capsys.readouterr().err
+
+
+def test_without_minari_the_way_to_it_is_named(home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    assert cli("--dataset minari:o/p-v0") == 2
+    assert 'pip install "minari[hdf5,hf]"' in capsys.readouterr().err
+    assert not list(home.iterdir())
+
+
+def test_video_shows_both_episodes_frame_by_frame(home):
+    if not any(map(ctypes.util.find_library, ("EGL", "OSMesa"))):
+        pytest.skip("nothing here draws without a screen")
+    import imageio.v3 as imageio
+
+    # With one candidate and no spread the optimistic action is the policy's: two equal films.
+    flags = "--env-id Hopper-v4 --dataset random --dataset-size 300 --offline-steps 3 "
+    flags += "--online-steps 0 --eval-episodes 1 --num-candidates 1 --sigma 0 --video a.gif"
+    environment = {name: x for name, x in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
+    command = [sys.executable, str(HERE / "o3f.py"), *flags.split(), "--run-dir", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search("drawn by (egl|osmesa)", done.stdout)
+    (row,) = read_table("a/evaluations.csv")
+    length = int(float(row["eval/length"]))
+    frames = imageio.imread("a.gif")
+    assert len(frames) == math.ceil(length / 7) + 1  # a seventh of them, and the last
+    half = frames.shape[2] // 2
+    left, right = (x[:, 40:].astype(float) for x in (frames[:, :, :half], frames[:, :, half:]))
+    assert np.abs(left - right).mean() < 4  # a gif's colours; below the labels
+    assert np.abs(left[0] - left[-1]).mean() > 1  # and it moves
+
+
+def test_video_refuses_before_it_trains(home, capsys):
+    assert cli(PENDULUM + "--video a.avi --run-dir a") == 2
+    assert "--video a.avi: let it end in .gif or .mp4" in capsys.readouterr().err
+    assert not Path("a").exists()
+
+
+@pytest.mark.parametrize("env_id", ["kitchen-mixed-v0", "antmaze-umaze-v2"])
+def test_render_mode_human_is_refused(env_id):
+    with pytest.raises(o3f.UserError, match="only rgb_array"):
+        o3f.make_env(env_id, render_mode="human")
+
+
+def test_tensorboards_groups(home):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli(PENDULUM + "--run-dir a") == 0
+    board = EventAccumulator("a")
+    board.Reload()
+    tags = board.Tags()["scalars"]
+    assert {tag.split("/")[0] for tag in tags} == {"eval", "o3f", "train"}
+    assert {"eval/score", "o3f/optimism", "train/score", "train/losses/qf"} <= set(tags)
+    (layout,) = board.Tensors("custom_scalars__config__")
+    for tag in (b"eval/score", b"eval/q_start", b"o3f/optimism"):
+        assert tag in layout.tensor_proto.string_val[0]
+
+
+def test_the_readmes_notebook_runs(home, monkeypatch):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.setitem(sys.modules, "o3f", o3f)
+    (cells,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(cells.splitlines()) <= 12
+    names = {}
+    exec(cells, names)
+    assert names["action"].shape == (1,) and len(names["metrics"]) > 1
+    assert names["summary"]["finished"]
