@@ -68,9 +68,10 @@ import filelock
 import gymnasium as gym
 import h5py
 
-if "--video" in " ".join(sys.argv) and sys.platform == "linux" and "DISPLAY" not in os.environ:
-    # Without a screen: MuJoCo reads what is to draw when it is imported.
-    os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+if re.search("--(video|resume)", " ".join(sys.argv)) and not os.environ.get("DISPLAY"):
+    # No screen: on Linux, MuJoCo reads what is to draw when it is imported.
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
 import mujoco
 import numpy as np
 import pooch
@@ -1163,6 +1164,8 @@ def convert_minari(args: Args, env: gym.Env, path: Path) -> None:
     dataset, targets = open_minari(args.dataset), KITCHENS.get(args.env_id)
     low, high, rows = dataset.action_space.low, dataset.action_space.high, []
     with explain(f"--dataset {args.dataset}: no flat boxes, nor of {args.env_id}"):
+        if not dataset.action_space.is_bounded():
+            raise ValueError(f"its actions are in {dataset.action_space}, without bounds")
         for episode in dataset.iterate_episodes():
             obs, rewards = episode.observations, episode.rewards
             if targets:  # (T + 1, 59): 9 + 9 of the robot, 21 + 20 of objects, joints + velocities
@@ -1443,6 +1446,7 @@ def film(agent: Base, args: Args, seed: int) -> None:
         films.append(frames)
     for frames in films:  # who is done first waits for the other
         frames += frames[-1:] * (max(map(len, films)) - len(frames))
+    Path(args.video).parent.mkdir(parents=True, exist_ok=True)
     pictures = [np.concatenate(pair, 1) for pair in zip(*films)]
     if args.video.endswith(".gif"):  # half as wide and high: a tenth of the bytes
         imageio.imwrite(args.video, [x[::2, ::2] for x in pictures], duration=50, loop=0)  # in ms
@@ -1790,7 +1794,10 @@ def parse(argv: Optional[list[str]] = None) -> Args:
         raise UserError("--plot: name the folders of runs")
     known = dict(env_id=first.env_id, base=first.base)
     if first.dataset.startswith("minari:") and "env_id" not in given:
-        known["env_id"] = open_minari(first.dataset).env_spec.id
+        spec = open_minari(first.dataset).env_spec
+        if spec is None:
+            raise UserError(f"--dataset {first.dataset}: it names no environment, give --env-id")
+        known["env_id"] = spec.id
     if first.load:  # a flag that contradicts the file is refused by check
         saved = load_saved(first)["args"]
         known = {name: saved[name] for name in IDENTITY}

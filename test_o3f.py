@@ -2147,7 +2147,9 @@ def a_minari(root, name, env_spec, action_space, observation_space, episodes):
     about |= dict(total_steps=sum(len(episode["rewards"]) for episode in episodes))
     about |= dict(observation_space=serialize_space(observation_space), dataset_id=name)
     about |= dict(action_space=serialize_space(action_space), minari_version="0.5.3")
-    (folder / "metadata.json").write_text(json.dumps(about | dict(env_spec=env_spec.to_json())))
+    if env_spec:
+        about["env_spec"] = env_spec.to_json()
+    (folder / "metadata.json").write_text(json.dumps(about))
 
 
 def a_episode(rng, steps, obs, action_dim, terminated, low=-1.0, high=1.0):
@@ -2235,6 +2237,22 @@ def test_minaris_kitchen_becomes_d4rls_columns(home, monkeypatch, capsys, kitche
     assert "kitchen-(complete|partial|mixed)-v0" in capsys.readouterr().err
 
 
+def test_minari_datasets_that_cannot_be_used(home, monkeypatch, capsys):
+    pytest.importorskip("minari", reason="minari is not installed")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    rng = np.random.default_rng(5)
+    episodes = [a_episode(rng, 9, rng.normal(size=(10, 3)), 1, np.False_)]
+    box, spec = gym.spaces.Box(-8, 8, (3,), np.float32), gym.spec("Pendulum-v1")
+    narrow, endless = (gym.spaces.Box(-x, x, (1,), np.float32) for x in (2, np.inf))
+    a_minari(home / "minari", "o/homeless-v0", None, narrow, box, episodes)
+    a_minari(home / "minari", "o/endless-v0", spec, endless, box, episodes)
+    assert cli("--dataset minari:o/homeless-v0") == 2
+    assert "give --env-id" in capsys.readouterr().err
+    assert cli("--dataset minari:o/endless-v0") == 2
+    assert "without bounds" in capsys.readouterr().err
+    assert {path.name for path in home.iterdir()} <= {"minari"}
+
+
 def test_without_minari_the_way_to_it_is_named(home, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "minari", None)
     assert cli("--dataset minari:o/p-v0") == 2
@@ -2249,7 +2267,7 @@ def test_video_shows_both_episodes_frame_by_frame(home):
 
     # With one candidate and no spread the optimistic action is the policy's: two equal films.
     flags = "--env-id Hopper-v4 --dataset random --dataset-size 300 --offline-steps 3 "
-    flags += "--online-steps 0 --eval-episodes 1 --num-candidates 1 --sigma 0 --video a.gif"
+    flags += "--online-steps 0 --eval-episodes 1 --num-candidates 1 --sigma 0 --video films/a.gif"
     environment = {name: x for name, x in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
     command = [sys.executable, str(HERE / "o3f.py"), *flags.split(), "--run-dir", "a"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -2257,12 +2275,18 @@ def test_video_shows_both_episodes_frame_by_frame(home):
     assert re.search("drawn by (egl|osmesa)", done.stdout)
     (row,) = read_table("a/evaluations.csv")
     length = int(float(row["eval/length"]))
-    frames = imageio.imread("a.gif")
+    frames = imageio.imread("films/a.gif")
     assert len(frames) == math.ceil(length / 7) + 1  # a seventh of them, and the last
     half = frames.shape[2] // 2
     left, right = (x[:, 40:].astype(float) for x in (frames[:, :, :half], frames[:, :, half:]))
     assert np.abs(left - right).mean() < 4  # a gif's colours; below the labels
     assert np.abs(left[0] - left[-1]).mean() > 1  # and it moves
+    # Resumed, the run films again, by the same means.
+    Path("films/a.gif").unlink()
+    command = [sys.executable, str(HERE / "o3f.py"), "--resume", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(imageio.imread("films/a.gif"), frames)
 
 
 def test_video_refuses_before_it_trains(home, capsys):
