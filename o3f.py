@@ -70,8 +70,9 @@ import h5py
 
 if re.search("--(video|resume)", " ".join(sys.argv)) and not os.environ.get("DISPLAY"):
     # No screen: on Linux, MuJoCo reads what is to draw when it is imported.
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+    for library in ("EGL", "OSMesa"):
+        if sys.platform == "linux" and ctypes.util.find_library(library):
+            os.environ.setdefault("MUJOCO_GL", library.lower())
 import mujoco
 import numpy as np
 import pooch
@@ -1162,8 +1163,9 @@ def open_minari(dataset: str):
 def convert_minari(args: Args, env: gym.Env, path: Path) -> None:
     """Write a Minari dataset in D4RL's layout: flat observations, actions in the ±1 box."""
     dataset, targets = open_minari(args.dataset), KITCHENS.get(args.env_id)
-    low, high, rows = dataset.action_space.low, dataset.action_space.high, []
+    rows = []
     with explain(f"--dataset {args.dataset}: no flat boxes, nor of {args.env_id}"):
+        low, high = dataset.action_space.low, dataset.action_space.high
         if not dataset.action_space.is_bounded():
             raise ValueError(f"its actions are in {dataset.action_space}, without bounds")
         for episode in dataset.iterate_episodes():
@@ -1177,7 +1179,7 @@ def convert_minari(args: Args, env: gym.Env, path: Path) -> None:
             ends, timeouts = episode.terminations, episode.truncations.copy()
             timeouts[-1] = not ends[-1]
             rows.append((obs[:-1], actions, rewards, ends, timeouts))
-        columns = [np.concatenate(column) for column in zip(*rows)]
+        columns = [np.concatenate(column).astype(np.float32) for column in zip(*rows)]
     write_hdf5(path, columns)
 
 
@@ -1797,6 +1799,9 @@ def parse(argv: Optional[list[str]] = None) -> Args:
         spec = open_minari(first.dataset).env_spec
         if spec is None:
             raise UserError(f"--dataset {first.dataset}: it names no environment, give --env-id")
+        plain = gym.registry.get(spec.id, spec)
+        if (spec.kwargs, spec.max_episode_steps) != (plain.kwargs, plain.max_episode_steps):
+            raise UserError(f"--dataset {first.dataset}: of a changed {spec.id}, give --env-id")
         known["env_id"] = spec.id
     if first.load:  # a flag that contradicts the file is refused by check
         saved = load_saved(first)["args"]

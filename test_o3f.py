@@ -2246,6 +2246,15 @@ def test_minari_datasets_that_cannot_be_used(home, monkeypatch, capsys):
     narrow, endless = (gym.spaces.Box(-x, x, (1,), np.float32) for x in (2, np.inf))
     a_minari(home / "minari", "o/homeless-v0", None, narrow, box, episodes)
     a_minari(home / "minari", "o/endless-v0", spec, endless, box, episodes)
+    changed = copy.deepcopy(spec)
+    changed.kwargs = dict(g=5.0)
+    a_minari(home / "minari", "o/changed-v0", changed, narrow, box, episodes)
+    discrete = gym.spaces.Discrete(3)
+    a_minari(home / "minari", "o/discrete-v0", spec, discrete, box, episodes)
+    assert cli("--dataset minari:o/changed-v0") == 2
+    assert "of a changed Pendulum-v1, give --env-id" in capsys.readouterr().err
+    assert cli("--dataset minari:o/discrete-v0") == 2
+    assert "no flat boxes" in capsys.readouterr().err
     assert cli("--dataset minari:o/homeless-v0") == 2
     assert "give --env-id" in capsys.readouterr().err
     assert cli("--dataset minari:o/endless-v0") == 2
