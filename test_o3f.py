@@ -5,8 +5,8 @@ import copy
 import csv
 import ctypes.util
 import dataclasses
-import hashlib
 import http.server
+import hashlib
 import io
 import itertools
 import json
@@ -758,7 +758,7 @@ def a_kitchen_file(path, **changes):
 
 
 @pytest.mark.parametrize("timeouts", [None, np.zeros(120, bool)])
-def test_kitchen_rewards_consistent_and_stock(tmp_path, timeouts, capsys):
+def test_kitchen_rewards_consistent_and_stock(tmp_path, timeouts):
     path = a_kitchen_file(tmp_path / "k.hdf5", timeouts=timeouts)
     start, done = np.append(o3f.KitchenEnv.INIT_QPOS, np.zeros(30)), np.zeros(60)
     a_place(done, "kettle", "microwave", "light switch", "bottom burner")
@@ -767,7 +767,6 @@ def test_kitchen_rewards_consistent_and_stock(tmp_path, timeouts, capsys):
     by_hand = np.tile(np.repeat([-4.0, -3.0, -2.0], [10, 10, 19]), 3)
     assert np.array_equal(data["rewards"], by_hand)
     assert data["terminations"].sum() == 0
-    assert re.search("every row, 150 in all.* each once, 6$", capsys.readouterr().out.strip())
     # Online, whatever the environment pays: satisfied(s) − 4 at s; the end is all four at s'.
     assert rule(start, 1.0, done, False) == (-4.0, True)
     assert rule(done, 0.0, start, True) == (0.0, False)
@@ -825,34 +824,6 @@ def test_wrong_files_are_refused_by_what_is_wrong(tmp_path, message):
     path = a_write(tmp_path / "x.hdf5", **BAD_COLUMNS[message])
     with pytest.raises(o3f.UserError, match=message):
         a_load("O3FLine-v0", path)
-
-
-@pytest.mark.parametrize("where", ["link", "virtual", "external"])
-def test_data_outside_of_the_file_is_refused(tmp_path, where):
-    """The hash of the file would not cover it."""
-    other = a_write(tmp_path / "other.hdf5", **a_columns())
-    path = a_write(tmp_path / "x.hdf5", **a_columns(rewards=None))
-    (tmp_path / "raw").write_bytes(bytes(160))
-    with h5py.File(path, "a") as file:
-        if where == "link":
-            file["rewards"] = h5py.ExternalLink(other, "rewards")
-        if where == "virtual":
-            layout = h5py.VirtualLayout((40,), "f8")
-            layout[:] = h5py.VirtualSource(other, "rewards", (40,))
-            file.create_virtual_dataset("rewards", layout)
-        if where == "external":
-            file.create_dataset("rewards", (40,), "f4", external=[(tmp_path / "raw", 0, 160)])
-    with pytest.raises(o3f.UserError, match="rewards lies outside of the file"):
-        a_load("O3FLine-v0", path)
-
-
-def test_a_size_that_the_file_cannot_hold_is_refused(tmp_path):
-    """All five keys claim 300 million rows: 6 GB, none of it there."""
-    with h5py.File(tmp_path / "x.hdf5", "w") as file:
-        for name, column in a_columns().items():
-            file.create_dataset(name, (3 * 10**8, *column.shape[1:]), np.float32, chunks=True)
-    with pytest.raises(o3f.UserError, match="claims 300,000,000 rows, too many for its size"):
-        a_load("O3FLine-v0", tmp_path / "x.hdf5")
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -946,18 +917,6 @@ def test_kitchens_pay_what_the_files_say(name):
     assert np.array_equal(a_load(env_id, path)[0]["rewards"], rewards[~terminals] - 4)
     stock = a_load(env_id, path, kitchen_rewards="stock")[0]["rewards"]
     assert np.array_equal(stock, rewards[:-1])
-
-
-def test_antmaze_rows_whose_successor_is_far_away_are_dropped(tmp_path, capsys):
-    """As in d4rl's v0 files: the time-out comes 30 rows after the jump to another start."""
-    obs, timeouts = np.zeros((200, 29)), np.arange(200) == 130
-    obs[:100, 0] = 8.0
-    obs[:, 5] = np.arange(200)
-    columns = dict(observations=obs, actions=np.zeros((200, 8)), timeouts=timeouts)
-    path = a_write(tmp_path / "a.hdf5", rewards=np.zeros(200), terminals=np.zeros(200), **columns)
-    data, _, _ = a_load("antmaze-umaze-diverse-v0", path)
-    assert data["observations"][:, 5].tolist() == [t for t in range(199) if t not in (99, 130)]
-    assert "warning: 1 teleports dropped" in capsys.readouterr().out
 
 
 # ---- tasks and environments ----------------------------------------------------------------------
@@ -1125,7 +1084,7 @@ def test_an_ant_cannot_leave_the_maze():
         assert 0 < z < 2 and cells[4 * round(x / 4), 4 * round(y / 4)] != 1
 
 
-def test_antmaze_starts_and_goals_drawn_once_in_v0_and_v1_and_per_reset_in_v2():
+def test_antmaze_starts_and_goals_drawn_once_in_v1_and_per_reset_in_v2():
     def draw(version, seeds):
         env, goals, starts = o3f.make_env(f"antmaze-umaze-diverse-v{version}").unwrapped, [], []
         for seed in seeds:
@@ -1134,7 +1093,7 @@ def test_antmaze_starts_and_goals_drawn_once_in_v0_and_v1_and_per_reset_in_v2():
         return np.array(goals), np.array(starts)
 
     assert len(np.unique(draw(1, range(50))[0], axis=0)) == 1
-    assert len(np.unique([draw(0, [seed, 9])[0][1] for seed in range(3)], axis=0)) == 3
+    assert len(np.unique([draw(1, [seed, 9])[0][1] for seed in range(3)], axis=0)) == 3
     goals, starts = draw(2, range(2000))
     jitter, mean, variance = goals - [0.0, 8.0], 0.75, 1 / 12 + 1 / 48  # U(0, 1) + U(0, 0.5)
     assert np.abs(jitter.mean(0) - mean).max() < 5 * math.sqrt(variance / 2000)
@@ -1364,10 +1323,11 @@ def cli(line: str) -> int:
 
 
 def refused(line: str, *words: str, capsys) -> None:
-    """One clear line on stderr, exit code 2."""
+    """One clear line on stderr, beside a bar of what had begun; exit code 2."""
     capsys.readouterr()
     assert cli(line) == 2
     errors = capsys.readouterr().err.splitlines()
+    errors = [x for x in errors if x.strip() and not re.match("(offline|online): +[0-9]+%", x)]
     assert len(errors) == 1 and errors[0].startswith("error: "), errors
     for word in words:
         assert word in errors[0]
@@ -1642,7 +1602,7 @@ def test_stopped_before_and_after_the_switch_a_run_resumes_exactly(flags, home, 
 
 
 def test_an_ant_mazes_goal_stays_in_a_resumed_run(home, monkeypatch):
-    """v0 and v1 draw it once per environment: of that for training, and of two for evaluation."""
+    """v1 draws it once per environment: of that for training, and of two for evaluation."""
     limit, step, goals = gym.wrappers.TimeLimit, o3f.AntMazeEnv.step, set()
 
     def spy(self, action):
@@ -1650,9 +1610,9 @@ def test_an_ant_mazes_goal_stays_in_a_resumed_run(home, monkeypatch):
         return step(self, action)
 
     monkeypatch.setattr(gym.wrappers, "TimeLimit", lambda env, steps: limit(env, 20))
-    o3f.collect_random("antmaze-umaze-v0", 60, Path("ant.hdf5"))
+    o3f.collect_random("antmaze-umaze-v1", 60, Path("ant.hdf5"))
     monkeypatch.setattr(o3f.AntMazeEnv, "step", spy)
-    flags = f"--env-id antmaze-umaze-v0 --dataset ant.hdf5 {TINY} --online-steps 50 "
+    flags = f"--env-id antmaze-umaze-v1 --dataset ant.hdf5 {TINY} --online-steps 50 "
     assert cli(flags + "--run-dir whole") == 0
     first = set(goals)
     assert len(first) == 3
@@ -1851,7 +1811,6 @@ BAD_FLAGS = {
     "--base so2 --anneal linear": "no part of --base so2",
     "--base lapo --subset-size 6": "more than there are critics",
     "--num-candidates 0": "--num-candidates 0: give a number from 1 to",
-    "--num-candidates 1000000000": "lower --num-candidates",
     "--gamma 1.5": "gamma 1.5: give a number from 0 to 1",
     "--sigma -1": "sigma -1.0: give a number from 0",
     "--sigma nan": "sigma nan",
@@ -1861,7 +1820,7 @@ BAD_FLAGS = {
     "--offline-ratio 1.5": "--offline-ratio 1.5: give a number from 0 to 1",
     "--dataset nofile": "nofile",
     "--dataset .": "there is no such file",
-    "--track": "pip install wandb",
+    "--env-id antmaze-umaze-v0": "no such task",
     "--device cuda": "use auto",
     "--plot": "name the folders",
     "--plot nothing": "nothing: no run with an evaluation",
@@ -1870,7 +1829,6 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_get_one_line(flags, home, capsys, monkeypatch):
-    without("wandb", monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(o3f, "collect_random", lambda *_: pytest.fail("a run has started"))
     refused(flags, BAD_FLAGS[flags], capsys=capsys)
@@ -1879,8 +1837,7 @@ def test_bad_flags_get_one_line(flags, home, capsys, monkeypatch):
 
 def test_a_buffer_that_does_not_fit():
     data = {name: np.zeros((3, 1), np.float32) for name in o3f.Batch._fields}
-    words = "1,000,000,000,000,003 transitions do not fit into memory: lower --online-steps"
-    with pytest.raises(o3f.UserError, match=words):
+    with pytest.raises(MemoryError, match=r"shape \(1000000000000003, 5\)"):  # cli shows it in a line
         o3f.ReplayBuffer(data, 10**15, torch.device("cpu"))
 
 
@@ -1997,7 +1954,6 @@ ANSWERS = {
     "error page": lambda body: (b"<html>moved</html>", 18),  # that says 200
     "cut": lambda body: (body[:-500], len(body)),  # the connection breaks off
     "half": lambda body: (body[: len(body) // 2], len(body) // 2),
-    "other bytes": lambda body: (body + b"!", len(body) + 1),  # whole, but of another hash
 }
 
 
@@ -2009,8 +1965,6 @@ def test_a_download_is_whole_or_not_there(main, mirror, server, home, monkeypatc
     env, body = o3f.make_env(TASK), Path("c.hdf5").read_bytes()
     served["/main/cheetah.hdf5"] = ANSWERS[main](body)
     served["/mirror/cheetah.hdf5"] = ANSWERS[mirror](body)
-    if main == "other bytes":
-        monkeypatch.setitem(o3f.KNOWN_SHA256, TASK, hashlib.sha256(body).hexdigest())
     files = []
     if "whole" in (main, mirror):
         files = ["cheetah.hdf5"]
@@ -2061,30 +2015,9 @@ def test_terminals_that_know_no_greek(encoding, home, monkeypatch):
 
 def test_without_a_terminal_no_flood_but_the_time_left(home, capsys):
     assert cli(PENDULUM + "--offline-steps 120 --run-dir a") == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    (offline,) = [line for line in out.splitlines() if line.startswith("offline -20: ")]
-    assert re.search(r"[\d.]+ steps/s, [\d:]+ to go, then [\d:]+ online", offline)
-    (online,) = [line for line in out.splitlines() if line.startswith("online 100: ")]
-    assert re.search(r"[\d.]+ steps/s, [\d:]+ to go", online)
-
-
-def test_a_closed_stderr_and_a_reader_that_leaves(home, monkeypatch):
-    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    program = f"{sys.executable} {HERE / 'o3f.py'} {SHORT}"
-    done = subprocess.run(f"{program} --run-dir a 2>&-", shell=True, capture_output=True, text=True)
-    assert done.returncode == 0 and "files in a" in done.stdout
-    assert read_json("a/summary.json")["finished"]
-    # The reader leaves after the first line; dozens of evaluations still have theirs to say.
-    script = f"({program} --run-dir b --online-steps 50 --eval-every 1; echo $? >&2) | head -1"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True)
-    assert done.stdout.startswith("data: ") and done.stdout.count("\n") == 1
-    assert done.stderr == "130\n"
-    # It leaves at once; what we say waits in a buffer until the end.
-    monkeypatch.delenv("PYTHONUNBUFFERED")
-    script = f"({program} --run-dir c; echo $? >&2) | true"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True)
-    assert done.stderr in ("0\n", "130\n")
+    looks = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert any(re.search(r"offline: .*\d+/120 \[[\d:]+<[\d:]+,.*it/s", look) for look in looks)
+    assert len(looks) < 40  # a look at the start and the end, one a minute, and after what is said
 
 
 def test_import_has_no_side_effects(home):
