@@ -93,7 +93,7 @@ class Args:
     precision: Literal["highest", "high", "medium"] = "highest"
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
-    load: str = ""  # a saved agent instead of pretraining; brings its task, base, sizes
+    load: str = ""  # a saved agent instead of pretraining; its flags are the defaults
     checkpoint_minutes: float = 5.0  # between checkpoints (0: always); more = more lost by a kill
     plot: tuple[str, ...] = ()  # draw these runs, or all in these folders
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
@@ -1429,7 +1429,7 @@ def film(agent: Base, args: Args, seed: int) -> None:
 
 
 # ==== 10. Saved agents, the run's folder, the command line ====
-VERSION = 4  # of saved files
+VERSION = 5  # of saved files
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
 IDENTITY += ["gamma", "layer_norm", "standardise"]
@@ -1754,10 +1754,10 @@ def parse(argv: Optional[list[str]] = None) -> Args:
         if (spec.kwargs, spec.max_episode_steps) != (plain.kwargs, plain.max_episode_steps):
             raise UserError(f"--dataset {first.dataset}: of a changed {spec.id}, give --env-id")
         known["env_id"] = spec.id
-    if first.load:  # a flag that contradicts the file is refused by check
-        saved = load_saved(first)["args"]
-        known = {name: saved[name] for name in IDENTITY}
-    return twice(default=preset(**known))
+    default = preset(**known)
+    if first.load:  # the objective that the agent had, unless a flag changes it; see check
+        default = Args(**load_saved(first)["args"] | dict(run_dir="", resume="", video=""))
+    return twice(default=default)
 
 
 def check(args: Args, saved: Optional[dict] = None) -> None:

@@ -1681,9 +1681,10 @@ def test_load_brings_task_base_and_sizes(home, capsys, monkeypatch):
     args = o3f.parse(["--load", "a/agent_offline.pt"])
     brought = args.env_id, args.base, args.hidden_dim, args.num_critics, args.latent_dim, args.gamma
     assert brought == ("Pendulum-v1", "lapo", 9, 3, 5, 0.9)
-    assert (args.batch_size, args.utd, args.learning_rate) == (512, 20, 2e-4)  # LAPO's again
-    load = "--load a/agent_offline.pt --dataset random --dataset-size 300 --batch-size 8 --utd 1 "
-    load += "--online-steps 3 --eval-episodes 1 "
+    # The same objective, data and seed; but its own folder.
+    others = args.batch_size, args.utd, args.learning_rate, args.dataset, args.run_dir
+    assert others == (8, 2, 0.01, "random", "")
+    load = "--load a/agent_offline.pt --online-steps 3 --eval-episodes 1 "
     assert cli(load + "--learning-rate 0.005 --run-dir b") == 0
     rates = [read_saved(f"{x}/agent_final.pt")["optimizer"]["param_groups"][0]["lr"] for x in "ab"]
     assert rates == [0.01, 0.005]
