@@ -65,7 +65,7 @@ import gymnasium as gym
 import h5py
 
 if re.search("--(video|resume)", " ".join(sys.argv)) and not os.environ.get("DISPLAY"):
-    # No screen: on Linux, MuJoCo reads what is to draw when it is imported.
+    # Films (a resumed run may owe one) without a screen: MuJoCo reads at import what draws them.
     for library in ("EGL", "OSMesa"):
         if sys.platform == "linux" and ctypes.util.find_library(library):
             os.environ.setdefault("MUJOCO_GL", library.lower())
@@ -103,7 +103,7 @@ class Args:
     dataset_size: int = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     # satisfied sub-tasks - 4 in both phases, or the file's, then the environment's
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"
-    # ours: max, r / largest r; IQL's: return_range, 1000 r / (best - worst episode's return)
+    # LAPO's: max, r / largest r; IQL's: return_range, 1000 r / (best - worst episode's return)
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
     offline_steps: int = 1_000_000  # updates before the first environment step (papers 1M)
@@ -183,7 +183,7 @@ def mlp(
         # A ReLU network goes on linearly where it has seen nothing: there Q climbs and climbs, and
         # an argmax over a hundred candidates finds just that. LayerNorm bounds what a layer hands
         # on, so Q levels off outside of the data (RLPD, arXiv 2302.02948; PARS, arXiv 2507.08761).
-        if layer_norm:
+        if layer_norm:  # without a learned scale, which all critics would share
             layers.append(nn.LayerNorm(out_dim, elementwise_affine=False))
         layers += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
     return nn.Sequential(*layers, linear(sizes[-2], sizes[-1]))
@@ -300,14 +300,10 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
-    update(batches) -> dict   a gradient step per batch; 0-dim tensors to log, of the last batch
+    qf: Critics   and, at the end of its __init__, self.make_optimizer()
+    update(batches) -> dict   learn from this list of Batch; 0-dim tensors to log, of the last one
     policy(obs, sample, generator) -> (B, A)   π's sample or deterministic action at obs (B, O)
-    q_values(obs, actions) -> (m, B)   what the critics say of (B, O), (B, A), in the task's units;
-                                       here for critics that see actions as they are
     """
-
-    HOT = ()  # methods that --compile compiles, each for one batch
-    FLAGS = ()  # flags that not every base has, and this one reads
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
@@ -340,7 +336,8 @@ class Base(nn.Module):
 
     @torch.no_grad()
     def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.qf(self.standardise(obs), actions)  # the critics, not their slow copies
+        """What the critics, not their slow copies, say of (B, O), (B, A): -> (m, B)."""
+        return self.qf(self.standardise(obs), actions)
 
     def critic_metrics(self, q: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """For every base's log: q (m, B) of a batch, and its loss, summed over critics."""
@@ -371,10 +368,6 @@ def orthogonal_(layer: nn.Module) -> None:
 
 class IQL(Base):
     """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two."""
-
-    HOT = ("step",)
-    FLAGS = "beta online_beta anneal exp_adv_max normalise_adv actor_dropout standardise".split()
-    FLAGS += ["expectile", "online_expectile"]
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
@@ -431,7 +424,7 @@ class IQL(Base):
     def imitate(self, obs, actions, adv) -> tuple[torch.Tensor, dict]:
         """Actor: −min(exp(β·A), limit)·log π(a|s) (IQL Eq. 7); A (B,) -> its loss, metrics."""
         if self.args.normalise_adv:  # scaled, not centred: the sign of A has a meaning
-            adv = adv / (adv.std() + 1e-6)
+            adv = adv / (adv.std(correction=0) + 1e-6)
         weight = advantage_weights(adv, self.beta, self.args.exp_adv_max)  # (B,)
         self.actor.train()  # dropout is on here and nowhere else
         mean, log_std = self.actor(obs)
@@ -442,7 +435,7 @@ class IQL(Base):
         return loss, {
             "losses/actor": loss.detach(),
             "adv_weight": weight.mean(),
-            # Effective sample size: 1, all rows count alike; 0, one row rules.
+            # Effective sample size: 1, all rows count alike; 1/B, one row rules.
             "adv_weight_ess": weight.mean() ** 2 / (weight**2).mean(),
             "policy_std": log_std.detach().exp().mean(),
         }
@@ -465,10 +458,6 @@ class LAPO(Base):
     # Networks see standardised states and actions; policy and q_values speak the environment's
     # units, so that σ means the same for every base.
 
-    HOT = ("update_critics", "update_policy")
-    FLAGS = "subset_size doubleq_min value_clamp latent_dim max_latent latent_noise".split()
-    FLAGS += ["kl_weight", "good_weight"]
-
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         hidden = [args.hidden_dim] * 3
@@ -488,6 +477,7 @@ class LAPO(Base):
         self.make_optimizer()
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
+        # As published: only a constant is left undivided.
         set_statistics(data["observations"], self.obs_mean, self.obs_std, least=2e-6)
         set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)
         self.widen(torch.from_numpy(data["rewards"]))
@@ -521,7 +511,7 @@ class LAPO(Base):
             members = torch.randperm(self.args.num_critics, device=obs.device)
             members = members[: self.args.subset_size]
             metrics = self.update_critics(batch, members)
-            if i == len(batches) - 1:  # before any slow copy moves
+            if i == len(batches) - 1:  # before this batch moves the slow copies
                 metrics |= self.update_policy(batch, members)
                 polyak_(self.decoder_target, self.decoder, tau)
                 polyak_(self.actor_target, self.actor, tau)
@@ -597,8 +587,6 @@ class AWAC(IQL):
     # weights exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β.
     # d3rlpy's AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
 
-    FLAGS = [flag for flag in IQL.FLAGS if not flag.endswith("expectile")]
-
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update of actor and critics, both from the critics before it."""
         obs, actions, rewards, next_obs, ends = batch
@@ -626,9 +614,6 @@ class SO2(Base):
     # at a next action with noise (perturbed value update), and ten updates a step. The actor keeps
     # the minimum in both phases. So O3F changes what is tried, SO2 what is learned from it.
     # Ours: o3f on top of it; no diversity term (EDAC), no warm-up; Adam, batch, rate carry on.
-
-    HOT = ("update_critics", "update_actor")
-    FLAGS = "target_noise online_alpha standardise".split()
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
@@ -708,7 +693,7 @@ def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
     if args.explore == "policy":
         return action, torch.zeros_like(action[:, 0])
-    n = args.num_candidates if args.explore == "o3f" else 1  # noise: one candidate, no choice
+    n = {"o3f": args.num_candidates, "noise": 1}[args.explore]  # noise: no choice
     return optimistic_action(  # new in O3F
         obs, action, agent.q_values, n, args.sigma, args.omega, generator
     )
@@ -724,6 +709,7 @@ class ReplayBuffer:
         # O, A, 1, O, 1 columns
         self.widths = [int(np.prod(data[name].shape[1:])) for name in Batch._fields]
         shape = self.size + online_steps, sum(self.widths)
+        # numpy's: where memory is short, its error says of what.
         self.rows = torch.from_numpy(np.zeros(shape, np.float32)).to(device)
         for column, name in zip(self.rows.split(self.widths, 1), Batch._fields):
             column[: self.size] = torch.from_numpy(data[name].reshape(self.size, -1))
@@ -787,7 +773,7 @@ def main(args: Args) -> dict:
         for step in run.steps("offline", last=0):
             run.record(step, timed_learn(agent, buffer, args, utd=1))
 
-        # O3F's Algorithm 1: objective (but SO2's), buffer and optimiser carry on.
+        # O3F's Algorithm 1: objective (SO2 changes it), buffer and optimiser carry on.
         # Reset twice: the first draws what is drawn once (the goal of ant mazes v1), then
         # each episode has its own seed: a resumed run needs no simulator state.
         env.reset(seed=env_seed)
@@ -803,7 +789,7 @@ def main(args: Args) -> dict:
             buffer.add(obs, action, train_reward, next_obs, end)
             metrics = timed_learn(agent, buffer, args, args.utd, args.offline_ratio)
             metrics["o3f/optimism"] = optimism[0]
-            run.record(step, metrics, info.get("episode"))
+            run.record(step, metrics, info.get("episode"))  # counts run.episode
             obs = next_obs
             if terminated or truncated:
                 obs, _ = env.reset(seed=env_seed + run.episode)
@@ -1105,7 +1091,7 @@ def find_dataset(args: Args, env: gym.Env) -> Path:
         return Path(args.dataset)
     name = re.sub("[/:]", "-", args.env_id)
     random = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
-    official = cache / f"{name.replace('-random', '_random')}.hdf5"
+    official = cache / f"{name.replace('-', '_', name.count('-') - 1)}.hdf5"  # hopper_medium-v2
     if args.dataset == "" and official.is_file():
         return official
     if args.dataset == "random" or name.endswith("-random-v2"):
@@ -1195,20 +1181,18 @@ def write_hdf5(path: Path, columns) -> None:
 
 def load_hdf5(path: Path, env: gym.Env) -> dict[str, np.ndarray]:
     """D4RL's arrays, checked: observations (n, O), actions (n, A), the rest (n,); bool ends."""
-    raw, shapes = {}, {"observations": env.observation_space.shape}
-    shapes["actions"] = env.action_space.shape
+    shapes = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
+    raw = {}
     with explain(f"{path}: no whole HDF5 file of this task"), h5py.File(path) as file:
-        missing = set(KEYS) - {"timeouts"} - file.keys()
-        if missing:
-            raise ValueError(f"has keys {', '.join(file)}; also needs {missing}")
-        rows = len(file["observations"])
-        for name in filter(file.__contains__, KEYS):
-            found, row = file[name], shapes.get(name, ())
-            if found.shape != (rows, *row) or rows < 2 or found.dtype.kind not in "fbiu":
-                wrong = f"{name} has shape {found.shape} of {found.dtype}"
-                raise ValueError(f"{wrong}; needs numbers, {(rows, *row)}, two rows or more")
+        for name in KEYS:
+            if name == "timeouts" and name not in file:
+                continue  # mark_ends finds them
+            kind = bool if name in ("terminals", "timeouts") else np.float32
             with np.errstate(over="ignore"):  # becomes inf, and is refused
-                raw[name] = found[...].astype(bool if name[0] == "t" else np.float32)
+                raw[name] = file[name][...].astype(kind)  # h5py says which one is missing
+            shape = (len(raw["observations"]), *shapes.get(name, ()))
+            if raw[name].shape != shape:
+                raise ValueError(f"{name} has shape {raw[name].shape}, needs {shape}")
             bad = np.argwhere(~np.isfinite(raw[name]))
             if len(bad):
                 raise ValueError(f"NaN or inf in {name}, row {bad[0, 0]}: remove it")
@@ -1372,10 +1356,11 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
         "eval/length": np.mean([len(episode) for episode in q]),
-        # Still moving: not settled. Far apart: neither; but IQL's Q aims higher, SO2's has entropy.
-        "eval/q_start": np.mean([episode[0] for episode in q]),  # what they expect at the start
-        "eval/discounted_return": np.mean([episode[0] for episode in rewards]),  # what came of it
-        # Do they know good steps from bad? 1: always; 0: no, or no episode is long enough.
+        # What the critics promise at the start, and what came, in the reward trained on. While the
+        # promise still moves, they have not settled. IQL's aims higher, SO2's contains entropy.
+        "eval/q_start": np.mean([episode[0] for episode in q]),
+        "eval/discounted_return": np.mean([episode[0] for episode in rewards]),
+        # Do the critics know good steps from bad? 1: always; 0: no, or all episodes are too short.
         "eval/kendall_tau": np.mean(taus or 0.0),
     }
     if task.family in ("kitchen", "antmaze"):
@@ -1383,41 +1368,43 @@ def evaluate(agent: Base, envs: list, rule, task: Task, args: Args, seed: int) -
     return results
 
 
-@torch.no_grad()
-def film(agent: Base, args: Args, seed: int) -> None:
-    """--video: an evaluation episode of the policy, and beside it one of the optimistic action."""
-    import imageio.v3 as imageio  # with Pillow, a part of gymnasium[mujoco] and matplotlib
-    from PIL import Image, ImageDraw
+class Camera(gym.Wrapper):
+    """Keeps a picture of every k-th step, about 150 of a whole episode, and of the last."""
 
-    device, films = next(agent.parameters()).device, []
-    generator = torch.Generator(device).manual_seed(seed)
-    for explore in ("policy", "o3f"):
-        args = replace(args, explore=explore, proposal="mean")
-        env = make_env(args.env_id, render_mode="rgb_array")
-        every = max(1, round(env.get_wrapper_attr("_max_episode_steps") / 150))
+    def __init__(self, env: gym.Env, label: str):
+        super().__init__(env)
+        self.label, self.pictures, self.t, self.returned = label, [], 0, 0.0
+        self.every = max(1, round(env.get_wrapper_attr("_max_episode_steps") / 150))
+
+    def step(self, action):
+        from PIL import Image, ImageDraw  # a part of matplotlib
+
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.t += 1
+        self.returned += float(reward)
+        if self.t % self.every == 0 or terminated or truncated:
+            picture = Image.fromarray(self.env.render())
+            text = f"{self.label}   step {self.t}   return {self.returned:.1f}"
+            ImageDraw.Draw(picture).text((8, 8), text, "red", font_size=24)
+            self.pictures.append(picture)
+        return obs, reward, terminated, truncated, info
+
+
+def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
+    """--video: an evaluation episode of the policy, and beside it one of the optimistic action."""
+    import imageio.v3 as imageio  # a part of gymnasium[mujoco]
+
+    films = []
+    for shown in ("policy", "optimistic"):
+        env = Camera(make_env(args.env_id, render_mode="rgb_array"), shown)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)  # of gymnasium's tasks
         if renderer and renderer.model.ncam:
             renderer.camera_id = 0  # the model's own, which goes along
-        obs, _ = env.reset(seed=seed)
-        frames, returned, step, over = [], 0.0, 0, False
-        while True:
-            if step % every == 0 or over:
-                frame = Image.fromarray(env.render())
-                text = f"{explore}   step {step}   return {returned:.1f}"
-                ImageDraw.Draw(frame).text((8, 8), text, "red", font_size=24)
-                frames.append(frame)
-            if over:
-                break
-            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]
-            action, _ = explore_action(agent, obs_tensor, args, generator)
-            obs, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
-            over = terminated or truncated
-            returned += float(reward)
-            step += 1
+        evaluate(agent, [env], rule, task, replace(args, eval_action=shown), seed)
         env.close()
-        films.append(frames)
-    for frames in films:  # who is done first waits for the other
-        frames += frames[-1:] * (max(map(len, films)) - len(frames))
+        films.append(env.pictures)
+    for pictures in films:  # who is done first waits for the other
+        pictures += pictures[-1:] * (max(map(len, films)) - len(pictures))
     Path(args.video).parent.mkdir(parents=True, exist_ok=True)
     pictures = [np.concatenate(pair, 1) for pair in zip(*films)]
     if args.video.endswith(".gif"):  # half as wide and high: a tenth of the bytes
@@ -1433,6 +1420,15 @@ VERSION = 5  # of saved files
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform num_critics hidden_dim latent_dim".split()
 IDENTITY += ["gamma", "layer_norm", "standardise"]
+# Flags that not every base reads.
+ACTOR = "beta online_beta anneal exp_adv_max normalise_adv actor_dropout standardise".split()
+FLAGS = {
+    "iql": [*ACTOR, "expectile", "online_expectile"],
+    "lapo": "subset_size doubleq_min value_clamp latent_dim max_latent latent_noise kl_weight "
+    "good_weight".split(),
+    "awac": ACTOR,
+    "so2": ["target_noise", "online_alpha", "standardise"],
+}
 # In which the runs of one curve may differ.
 OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_minutes".split()
 # Numbers from 0 to 1.
@@ -1461,12 +1457,10 @@ def load_saved(args: Args) -> Optional[dict]:
         raise UserError(f"{wrong}; --resume takes a run's folder, --load a file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        version = saved["version"]
+        assert saved["version"] == VERSION
     except Exception:  # torch would advise to run the file's code
-        raise UserError(f"{path} is no whole file of this program") from None
-    if version != VERSION:
-        wrong = f"{path} is of version {version}, not {VERSION}"
-        raise UserError(f"{wrong}: use the o3f.py that wrote it")
+        wrong = f"{path} is no whole file of this version of o3f.py"
+        raise UserError(f"{wrong}: use the one that wrote it") from None
     if args.resume and "rows" not in saved:
         raise UserError(f"{path} is an agent, no checkpoint: use --load")
     return saved
@@ -1491,8 +1485,9 @@ def make_agent(args: Args, data: Optional[dict], saved: Optional[dict], device) 
         agent.see_dataset(data)
     if args.compile:
         torch._inductor.config.fallback_random = True  # the draws of the eager update
-        for name in agent.HOT:
-            setattr(agent, name, torch.compile(getattr(agent, name)))
+        for name in ("step", "update_critics", "update_policy", "update_actor"):
+            if hasattr(agent, name):  # what a base does with one batch
+                setattr(agent, name, torch.compile(getattr(agent, name)))
     return agent
 
 
@@ -1594,7 +1589,7 @@ class Run(contextlib.ExitStack):
         is_last = step in (0, args.online_steps)  # of its phase
         if step % args.log_every == 0 or is_last:
             means = dict(zip(metrics, (self.sums / self.count).tolist()))
-            self.log("metrics", {"o3f/optimism": 0.0} | means)
+            self.log("metrics", {"o3f/optimism": 0.0} | means)  # the same columns offline
             self.sums, self.count = self.sums.new_zeros(()), 0
         if step % args.eval_every == 0 or is_last:
             self.evaluate()
@@ -1678,7 +1673,7 @@ class Run(contextlib.ExitStack):
             print(f"score {self.scores[step]:.1f}; files in {self.folder}")
             if self.args.video:
                 with explain(f"--video {self.args.video}: not made, all else is saved"):
-                    film(self.agent, self.args, self.eval_seed)
+                    film(self.agent, self.rule, self.task, self.args, self.eval_seed)
         else:
             lost = step - self.saved_step
             print(f"stopped; {lost:,} steps after the last checkpoint are lost")
@@ -1690,14 +1685,13 @@ def plot(folders: list[Path], path: Path) -> str:
     """Draw runs, or all in these folders; returns a Markdown table of their scores."""
     from matplotlib.figure import Figure  # not pyplot: no screen, no global state
 
-    configs, groups = [], {}  # groups: flags -> seed -> {step: score}
+    runs, groups = [], {}  # groups: flags -> seed -> {step: score}
     for folder in folders:
-        runs = [x.parent for x in sorted(folder.glob("*/evaluations.csv"))] or [folder]
-        configs += [run / "config.json" for run in runs]
-    for config in configs:
-        with explain(f"--plot {config.parent}: no run with an evaluation"):
-            args = json.loads(config.read_text())
-            lines = config.with_name("evaluations.csv").read_text().splitlines()
+        runs += [x.parent for x in sorted(folder.rglob("evaluations.csv"))] or [folder]
+    for run in runs:
+        with explain(f"--plot {run}: no run with an evaluation"):
+            args = json.loads((run / "config.json").read_text())
+            lines = (run / "evaluations.csv").read_text().splitlines()
             curve = {int(x["step"]): float(x["eval/score"]) for x in csv.DictReader(lines)}
             max(curve)  # raises where there is none
         flags = {f"{name} {args[name]}" for name in args.keys() - {"pretraining", *OWN}}
@@ -1705,7 +1699,7 @@ def plot(folders: list[Path], path: Path) -> str:
         flags |= {f"pretrained with {name} {before[name]}" for name in before.keys() - set(OWN)}
         curves, seed = groups.setdefault(frozenset(flags), {}), args["seed"]
         if seed in curves:
-            raise UserError(f"--plot {config.parent}: a second run of seed {seed}")
+            raise UserError(f"--plot {run}: a second run of seed {seed}")
         curves[seed] = curve
     axes = Figure(figsize=(7, 4), dpi=120, layout="constrained").subplots()
     table = f"| runs | seeds | first | last |\n{'|---' * 4}|\n"
@@ -1780,10 +1774,10 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
         if saved and name in IDENTITY and saved["args"][name] != value:
             then = saved["args"][name]
             raise UserError(f"the saved agent has {name} {then}, this run {value}")
-    for base in BASES.values():  # a flag that does nothing would mislead
-        for name in set(base.FLAGS) - set(BASES[args.base].FLAGS):
-            if getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}")
+    several = set().union(*FLAGS.values())
+    for name in several - set(FLAGS.get(args.base, several)):
+        if getattr(args, name) != getattr(Args, name):  # it would do nothing
+            raise UserError(f"--{name.replace('_', '-')}: no part of --base {args.base}")
     if args.base == "lapo" and args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     if args.video and Path(args.video).suffix not in (".gif", ".mp4"):

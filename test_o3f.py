@@ -219,7 +219,7 @@ def test_iql_and_awac_update_against_the_formulas(base, limit, ours):
         next_v, v = (a_critics(*x, b.clamp(-1, 1), ours).amin(0).detach() for *x, b in pairs)
         adv = q.min(0).values - v
     if ours:
-        adv = adv / (statistics.stdev(adv.tolist()) + 1e-6)
+        adv = adv / (statistics.pstdev(adv.tolist()) + 1e-6)
     weight = a_tensor([min(math.exp(beta * x), limit) for x in adv.tolist()])
     assert (weight == limit).any() and (weight < limit).any()
     log_prob = -((a - mean) ** 2) / (2 * std**2) - torch.log(std * math.sqrt(2 * math.pi))
@@ -806,12 +806,12 @@ def a_columns(rows=40, **changes):
 
 
 BAD_COLUMNS = {
-    r"also needs \{'rewards'\}": a_columns(rewards=None),
-    r"observations has shape \(40, 3\).*needs numbers, \(40, 2\)": a_columns(observations=np.zeros((40, 3))),
-    r"rewards has shape \(40, 1\).*needs numbers, \(40,\)": a_columns(rewards=np.zeros((40, 1))),
-    r"rewards has shape \(39,\).*needs numbers, \(40,\)": a_columns(rewards=np.zeros(39)),
-    "rewards has .*S1; needs numbers": a_columns(rewards=np.array([b"x"] * 40)),
-    r"shape \(1,.*two rows or more": a_columns(rows=1),
+    "object 'rewards' doesn't exist": a_columns(rewards=None),
+    r"observations has shape \(40, 3\), needs \(40, 2\)": a_columns(observations=np.zeros((40, 3))),
+    r"rewards has shape \(40, 1\), needs \(40,\)": a_columns(rewards=np.zeros((40, 1))),
+    r"rewards has shape \(39,\), needs \(40,\)": a_columns(rewards=np.zeros(39)),
+    "could not convert string": a_columns(rewards=np.array([b"x"] * 40)),
+    "x.hdf5: every row is a time limit": a_columns(rows=1),
     "in observations, row 7": a_columns(observations=np.where(np.eye(40, 2, -7), np.nan, 0.0)),
     "in rewards, row 3": a_columns(rewards=np.where(np.arange(40) == 3, -np.inf, 0.0)),
     "actions reach 1.05, expected within ±1": a_columns(actions=np.where(np.eye(40, 1, -5), -1.05, 0.0)),
@@ -1643,7 +1643,7 @@ def test_resume_refuses_in_one_line(home, monkeypatch, capsys):
     Path("a/checkpoint.pt").write_bytes(saved)
     agent = read_saved("a/checkpoint.pt")
     torch.save(agent | {"version": 1}, "a/checkpoint.pt")
-    refused("--resume a", "version 1", capsys=capsys)
+    refused("--resume a", "of this version of o3f.py: use the one that wrote it", capsys=capsys)
     del agent["rows"]  # all that tells them apart
     torch.save(agent, "a/checkpoint.pt")
     refused("--resume a", "checkpoint.pt", "no checkpoint: use --load", capsys=capsys)
@@ -1723,7 +1723,7 @@ def test_load_refuses_what_does_not_fit(home, capsys):
     for name in ("missing.pt", "a"):
         refused(load.format(name), name, "no such file", capsys=capsys)
     for name in ("garbage.pt", "list.pt", "evil.pt"):
-        refused(load.format(name), f"{name} is no whole file of this program", capsys=capsys)
+        refused(load.format(name), f"{name} is no whole file of this version", capsys=capsys)
     assert not Path("ran").exists()  # a stranger's file runs no code
     for moment in ("exp_avg", "exp_avg_sq"):
         saved = read_saved("a/agent_final.pt")
@@ -2219,7 +2219,7 @@ def test_video_shows_both_episodes_frame_by_frame(home):
     (row,) = read_table("a/evaluations.csv")
     length = int(float(row["eval/length"]))
     frames = imageio.imread("films/a.gif")
-    assert len(frames) == math.ceil(length / 7) + 1  # a seventh of them, and the last
+    assert len(frames) == math.ceil(length / 7)  # a seventh of them, and the last
     half = frames.shape[2] // 2
     left, right = (x[:, 40:].astype(float) for x in (frames[:, :, :half], frames[:, :, half:]))
     assert np.abs(left - right).mean() < 4  # a gif's colours; below the labels
@@ -2230,6 +2230,50 @@ def test_video_shows_both_episodes_frame_by_frame(home):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(imageio.imread("films/a.gif"), frames)
+
+
+def test_a_film_is_an_evaluation_episode_of_the_policy_beside_one_of_the_optimistic_action(home):
+    """Each picture is as bright as the action was high, its blue as the seed of the episode."""
+    import imageio.v3 as imageio
+
+    class Painter(ALine):
+        metadata = {"render_modes": ["rgb_array"]}
+
+        def __init__(self, render_mode=None):
+            super().__init__()
+
+        def reset(self, *, seed=None, options=None):
+            self.seen = seed
+            return super().reset(seed=seed)
+
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            # The optimistic action, near 1, ends it at the second step, the policy's at the fifth.
+            return obs, reward, action[0] > 0.5 and self.t == 2, False, info
+
+        def render(self):
+            red = int(100 + 100 * self.action[0])
+            return np.full((48, 64, 3), [red, 20 * self.t, self.seen], np.uint8)
+
+    class Agent(torch.nn.Linear):
+        def policy(self, obs, sample, generator=None):
+            return torch.zeros(len(obs), 1)
+
+        def q_values(self, obs, actions):
+            return actions.T.expand(5, -1)
+
+    gym.register("O3FPainter-v0", Painter, max_episode_steps=5)
+    args = o3f.preset("O3FPainter-v0", "iql", video="a.gif", sigma=1.0)
+    task = o3f.get_task("O3FPainter-v0")
+    o3f.film(Agent(1, 1), o3f.RewardRule(1.0, 0.0, ()), task, args, seed=77)
+    pictures = imageio.imread("a.gif")[:, -1]  # the lowest line: below the labels
+    left, right = pictures[:, 5], pictures[:, -5]
+    near = dict(abs=8)  # a gif's colours
+    assert left[:, 0] == pytest.approx(np.full(5, 100), **near)
+    assert left[:, 1] == pytest.approx(20 * np.arange(1, 6), **near)
+    assert right[:, 0] == pytest.approx(np.full(5, 200), **near)
+    assert right[:, 1] == pytest.approx([20, 40, 40, 40, 40], **near)  # waits, finished
+    assert pictures[..., 2] == pytest.approx(np.full(pictures.shape[:2], 77), **near)
 
 
 def test_video_refuses_before_it_trains(home, capsys):
