@@ -1797,8 +1797,12 @@ def check(args: Args, saved: Optional[dict] = None) -> None:
         raise UserError(f"--video {args.video}: give a file that ends in .gif or .mp4")
     if args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise UserError('--video: a gif needs nothing, mp4 needs pip install "imageio[ffmpeg]"')
-    if args.device == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
         raise UserError("--device cuda: none is found, use auto")
+    on_cpu = args.device == "cpu" or not has_gpu
+    if args.precision == "bfloat16" and on_cpu and not torch.cpu._is_avx512_bf16_supported():
+        raise UserError("--precision bfloat16: slower on this processor, use float32")
 
 
 def cli(argv: Optional[list[str]] = None) -> int:
