@@ -5,8 +5,8 @@ import copy
 import csv
 import ctypes.util
 import dataclasses
-import http.server
 import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -1266,13 +1266,14 @@ def test_every_flag_is_documented_and_read(capsys):
 @pytest.mark.parametrize("base", ["iql", "lapo", "awac", "so2"])
 def test_bfloat16_is_for_hidden_layers_in_updates_only(base):
     """Acting compares candidates that differ by less than bfloat16 rounds."""
-    found, kinds = [], {"hidden": set(), "last": set()}
+    found, kinds, backward = [], {"hidden": set(), "last": set()}, set()
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         agent = a_agent(base, dtype=torch.float32, precision=precision, hidden_dim=64)
         for where, i in (("hidden", 0), ("last", -1)):
             layer = agent.qf.net[i]
             layer.register_forward_hook(lambda _, x, y, where=where: kinds[where].add(y.dtype))
+        agent.qf.net[-1].weight.register_hook(lambda _: backward.add(torch.is_autocast_enabled("cpu")))
         buffer = o3f.ReplayBuffer(a_data(), 1, torch.device("cpu"))
         for utd in (1, 3):
             o3f.learn(agent, buffer, agent.args, utd)
@@ -1284,7 +1285,7 @@ def test_bfloat16_is_for_hidden_layers_in_updates_only(base):
         exact = agent.double().q_values(obs.double(), actions.double())
         assert torch.allclose(q.double(), exact, rtol=1e-4, atol=1e-5)
         assert kinds["hidden"] == {torch.float32, torch.float64} | (found[1:] and {torch.bfloat16} or set())
-    assert torch.bfloat16 not in kinds["last"]
+    assert torch.bfloat16 not in kinds["last"] and backward == {False}
     # Adam's first steps are of the learning rate's size: rounding turns few signs.
     start = 4 * agent.args.learning_rate
     difference = (found[0] - found[1]).abs()
