@@ -41,8 +41,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import difflib
 import functools
+import glob
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -91,7 +94,7 @@ class Args:
     # return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's, ant maze): 100r; none: r
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
-    offline_steps: Steps = 1_000_000  # updates before the first environment step (papers 1M)
+    offline_steps: Steps = 1_000_000  # updates before the first step (papers 1M; SO2 3M, AWAC 50k)
     online_steps: Steps = 250_000  # environment steps of fine-tuning (ours; IQL's paper 1M)
     batch_size: Count = 256  # rows per update (IQL 256, LAPO 512); more = less noise, slower
     learning_rate: Amount = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
@@ -105,7 +108,7 @@ class Args:
     num_candidates: Count = 100  # N per step (paper 100); more = greedier towards the critics
     sigma: Amount = 0.2  # σ in ±1 (0.2; ant maze, kitchen 0.05, IQL's 0.01 is ours); more = bolder
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
-    proposal: Literal["sample", "mean"] = "sample"  # a, to explore around (Algorithm 1: a sample)
+    proposal: Literal["sample", "mean"] = "sample"  # a to start from (Alg. 1; the mean is ours)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
     offline_ratio: Optional[Share] = None  # dataset's share of batches (ours; None: uniform)
     # -- evaluation --
@@ -178,7 +181,10 @@ class GaussianActor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(act_dim))  # one for all states
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
+        return torch.tanh(self.net(obs)), self.limit(self.log_std)
+
+    def limit(self, log_std: torch.Tensor) -> torch.Tensor:
+        return log_std.clamp(-5.0, 2.0)
 
 
 # ==== 3. Losses: pure functions of tensors ====
@@ -349,11 +355,13 @@ class WeightedArgs(Args):
 class Weighted(Base):
     """Critics, and an actor that imitates the data's better actions: what IQL and AWAC share."""
 
+    Actor = GaussianActor
+
     def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         self.hidden = [args.hidden_dim] * 2
         self.qf = Critics(obs_dim, act_dim, args.num_critics, self.hidden, args.layer_norm)
-        self.actor = GaussianActor(obs_dim, act_dim, self.hidden, args.actor_dropout)
+        self.actor = self.Actor(obs_dim, act_dim, self.hidden, args.actor_dropout)
         self.apply(orthogonal_)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
 
@@ -383,7 +391,7 @@ class Weighted(Base):
             "losses/actor": loss.detach(),
             "adv_weight": weight_mean,
             # Effective sample size: 1, all rows count alike; 1/B, one row rules.
-            "adv_weight_ess": weight_mean**2 / (weight**2).mean(),
+            "adv_weight_ess": weight_mean**2 / ((weight**2).mean() + 1e-12),
             "policy_std": log_std.detach().exp().mean(),
         }
 
@@ -437,13 +445,25 @@ class IQL(Weighted):
         return metrics | self.critic_metrics(q, qf_loss)
 
 
-class AWAC(Weighted):
-    """Advantage-weighted actor-critic (Nair et al., arXiv 2006.09359): IQL's actor, no V."""
+class NarrowActor(GaussianActor):
+    """AWAC's: a std of e⁻³ = 0.05 at the start, and 1 at most."""
 
-    # IQL never asks about an action outside of the data; AWAC asks about the policy's. Ours: the
-    # weights exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β.
-    # d3rlpy's AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
-    Flags = WeightedArgs
+    def limit(self, log_std: torch.Tensor) -> torch.Tensor:
+        return -6.0 + 6.0 * torch.sigmoid(log_std)
+
+
+class AWAC(Weighted):
+    """Advantage-weighted actor-critic (Nair et al., arXiv 2006.09359): no V, but Q of samples."""
+
+    # IQL never asks about an action outside of the data; AWAC asks about the policy's, so those
+    # have to be near the data from the start. Ours: two hidden layers (released: four); weights
+    # exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β. d3rlpy's
+    # AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
+    Flags, Actor = WeightedArgs, NarrowActor
+
+    def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
+        super().__init__(args, obs_dim, act_dim)
+        nn.init.uniform_(self.actor.net[-1].weight, -1e-3, 1e-3)  # means near 0, as released
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update of actor and critics, both from the critics before it."""
@@ -590,7 +610,7 @@ class LAPO(Base):
         error = ((self.decoder(torch.cat([obs, z], -1)) - actions) ** 2).sum(-1)  # (B,)
         kl = kl_to_standard_normal(mean, log_var)
         cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
-        # --- Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))) through the decoder's slow copy ---
+        # --- Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))); ours: its release takes Q₁ alone ---
         actor_loss = -self.qf(obs, self.decode(obs, self.actor, self.decoder_target)).mean()
         # It runs through the critics, which do not learn from it.
         learners = nn.ModuleList([self.encoder, self.decoder, self.actor])
@@ -606,7 +626,8 @@ class LAPO(Base):
         noise = None
         if sample:  # the noise of V's targets
             noise = torch.randn(len(obs), self.latent_dim, device=obs.device, generator=generator)
-        action = self.decode(obs, self.actor, self.decoder, noise)
+        # Through the slow decoder, as policy and V are trained: the quick one has seen neither.
+        action = self.decode(obs, self.actor, self.decoder_target, noise)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
     @torch.no_grad()
@@ -628,7 +649,8 @@ class SO2(Base):
     # them, which is low where data is thin. Online each critic has its own target, no minimum,
     # at a next action with noise (perturbed value update), and ten updates a step. The actor keeps
     # the minimum in both phases. So O3F changes what is tried, SO2 what is learned from it.
-    # Ours: o3f on top of it; no diversity term (EDAC), no warm-up; Adam, batch, rate carry on.
+    # Ours: o3f on top of it; no diversity term (EDAC), no warm-up; Adam, batch, rate carry on;
+    # PyTorch's initial weights (EDAC: hidden biases 0.1, last layers ±3e-3, the actor's ±1e-3).
     Flags = SO2Args
 
     def __init__(self, args: SO2Args, obs_dim: int, act_dim: int):
@@ -746,7 +768,7 @@ def main(args: Args) -> dict:
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
 
-    env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
+    env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id), stats_key="o3f")
     data, reward_rule = load_dataset(args, task, env, saved)  # which r and d to learn from
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
@@ -778,7 +800,7 @@ def main(args: Args) -> dict:
             train_reward, end = reward_rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
             metrics = update() | {"o3f/optimism": optimism[0]}
-            run.record(step, metrics, info.get("episode"))  # counts run.episode
+            run.record(step, metrics, info.get("o3f"))  # counts run.episode
             obs = next_obs
             if terminated or truncated:
                 obs, _ = env.reset(seed=env_seed + run.episode)
@@ -799,10 +821,13 @@ def explain(hint: str, say: Optional[Callable] = None):
     """An exception of the body becomes a UserError that starts with hint, or goes to `say`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
+        reason = f"{hint}: {str(error) or type(error).__name__}"
         if say is None:
-            raise UserError(f"{hint}: {error}") from error
-        say(f"{hint}: {error}")  # a warning, or one of several failures
+            raise UserError(reason) from error
+        say(reason)  # a warning, or one of several failures
 
 
 class Task(NamedTuple):
@@ -816,20 +841,19 @@ class Task(NamedTuple):
         return 100.0 * (returns - self.low) / (self.high - self.low)
 
 
-# Not v0: those files have no time limits, or are out of step with them.
-LEVELS = "(random|medium|medium-replay|medium-expert|full-replay|expert)-v[12]"
-MAZE = "(umaze|umaze-diverse|medium-play|medium-diverse|large-play|large-diverse)-v[12]"
-SLIDE = ("microwave", "kettle", "light switch", "slide cabinet")
-MIXED = ("microwave", "kettle", "bottom burner", "light switch")
-TASKS = {  # by pattern of their names
-    # -v4: v5 changed Walker2d's foot friction, and the healthy reward of two.
-    f"halfcheetah-{LEVELS}": Task("locomotion", "HalfCheetah-v4", -280.178953, 12135.0),
-    f"hopper-{LEVELS}": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
-    f"walker2d-{LEVELS}": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3),
-    "kitchen-(complete|partial)-v0": Task("kitchen", "", 0.0, 4.0, SLIDE),
-    "kitchen-mixed-v0": Task("kitchen", "", 0.0, 4.0, MIXED),
-    f"antmaze-{MAZE}": Task("antmaze", "", 0.0, 1.0),
+ROBOTS = {  # -v4: v5 changed Walker2d's foot friction, and the healthy reward of two
+    "halfcheetah": Task("locomotion", "HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": Task("locomotion", "Hopper-v4", -20.272305, 3234.3),
+    "walker2d": Task("locomotion", "Walker2d-v4", 1.629008, 4592.3),
 }
+SLIDE = Task("kitchen", "", 0.0, 4.0, ("microwave", "kettle", "light switch", "slide cabinet"))
+MIXED = SLIDE._replace(targets=("microwave", "kettle", "bottom burner", "light switch"))
+TASKS = {"kitchen-complete-v0": SLIDE, "kitchen-partial-v0": SLIDE, "kitchen-mixed-v0": MIXED}
+for version in ("v1", "v2"):  # not v0: those files lack time limits, or are out of step with them
+    for level in "random medium medium-replay medium-expert full-replay expert".split():
+        TASKS |= {f"{robot}-{level}-{version}": task for robot, task in ROBOTS.items()}
+    for maze in "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split():
+        TASKS[f"antmaze-{maze}-{version}"] = Task("antmaze", "", 0.0, 1.0)
 # The papers' values where they differ from Args, or ours, as measured: the narrower key wins.
 PRESETS = {
     "antmaze": dict(sigma=0.05),
@@ -847,7 +871,7 @@ PRESETS = {
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
     "awac": dict(beta=1.0),
     "awac/antmaze": dict(reward_transform="minus_one"),
-    "awac/kitchen": dict(actor_dropout=0.1, reward_transform="none", proposal="mean"),
+    "awac/kitchen": dict(reward_transform="none", proposal="mean"),
     "awac/other": dict(normalise_adv=True),
     # α is in the rewards' units, so they stay raw. As published, plain networks.
     "so2": dict(utd=10, reward_transform="none", layer_norm=False, standardise=False),
@@ -855,12 +879,12 @@ PRESETS = {
 
 
 def get_task(env_id: str) -> Task:
-    for pattern, task in TASKS.items():
-        if re.fullmatch(pattern, env_id):
-            return task
+    if env_id in TASKS:
+        return TASKS[env_id]
     if env_id in gym.registry or ":" in env_id:  # module:Id imports the module first
         return Task("other", env_id)
-    raise UserError(f"--env-id {env_id}: no such task, known: {', '.join(TASKS)}, gymnasium's")
+    near = " or ".join(difflib.get_close_matches(env_id, [*TASKS, *gym.registry])) or "--help"
+    raise UserError(f"--env-id {env_id}: there is no such task, try {near}")
 
 
 def preset(env_id: str, base: str, **flags) -> Args:
@@ -879,24 +903,33 @@ def d4rl_dir() -> Path:  # d4rl as a folder: to import it takes the MuJoCo of 20
 
 
 def make_env(env_id: str, **kwargs) -> gym.Env:
-    """A task's environment, with a time limit and actions in the ±1 box."""
-    task = get_task(env_id)
+    """A task's environment: float32 observations, actions in the ±1 box, a time limit."""
+    task, steps = get_task(env_id), 1000  # an evaluation has to end
     mujoco.set_mju_user_warning(warnings.warn)  # not into a file
     if task.family == "kitchen":
-        return gym.wrappers.TimeLimit(KitchenEnv(task.targets, **kwargs), 280)
-    if task.family == "antmaze":
-        limit = 700 if "umaze" in env_id else 1000
-        return gym.wrappers.TimeLimit(AntMazeEnv(env_id, **kwargs), limit)
-    with explain(f"--env-id {env_id}: gymnasium cannot make it"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
-        env = gym.make(task.gym_id, disable_env_checker=True, **kwargs)
-    box = env.action_space
-    with explain(f"--env-id {env_id}: needs flat boxes of observations and bounded actions"):
-        if len(env.observation_space.shape + box.shape) != 2 or not box.is_bounded():
-            raise ValueError(f"{env.observation_space}, {box}")
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 1000)  # an evaluation has to end
+        env, steps = KitchenEnv(task.targets, **kwargs), 280
+    elif task.family == "antmaze":
+        env, steps = AntMazeEnv(env_id, **kwargs), 700 if "umaze" in env_id else 1000
+    else:
+        with explain(f"--env-id {env_id}: gymnasium cannot make it"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
+            env = gym.make(task.gym_id, disable_env_checker=True, **kwargs)
+    space, box, wrong = env.observation_space, env.action_space, None
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        wrong = f"observations are {space}, no flat box: register it with FlattenObservation"
+    elif not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or box.dtype.kind != "f":
+        wrong = f"actions are {box}, no flat box of real numbers that noise could be added to"
+    elif not box.is_bounded() or (box.low >= box.high).any():
+        wrong = f"actions are {box}, give each a finite low and a finite, larger high"
+    if wrong:
+        raise UserError(f"--env-id {env_id}: {wrong}")
+    # Rounding may leave the box by a bit; and some environments go on using what they returned.
+    env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, box.low, box.high), box)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), space)
+    if env.spec is None or env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, steps)
     return env
 
 
@@ -1064,8 +1097,7 @@ def find_file(args: Args) -> Path:
         return official
     if args.dataset == "random" or name.endswith("-random-v2"):
         path = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
-        if not path.is_file():
-            collect_random(args.env_id, args.dataset_size, path)
+        collect_random(args.env_id, args.dataset_size, path)
         return path
     if get_task(args.env_id).family == "other":
         raise UserError("this task has no file: --dataset FILE or --dataset random")
@@ -1088,35 +1120,56 @@ def download(env_id: str, cache: Path) -> Path:
             read_hdf5(path)
             return path
         path.unlink(missing_ok=True)  # an error page, say
-    ways = "--dataset FILE, random"
+    way = "--dataset FILE or --dataset random"
     if get_task(env_id).family == "kitchen":  # the same demonstrations, simulated anew
-        ways += f", minari:D4RL/kitchen/{env_id.split('-')[1]}-v2"
-    raise UserError(f"no source for {path.name}: {failures}. Ways on: {ways}")
+        way = f"--dataset FILE or --dataset minari:D4RL/kitchen/{env_id.split('-')[1]}-v2"
+    raise UserError(f"{path.name} cannot be downloaded, use {way}. Tried: {'; '.join(failures)}")
 
 
-def collect_random(env_id: str, size: int, path: Path) -> None:
-    """Write a file of uniform actions: how D4RL's *-random files were made."""
-    env, rows = make_env(env_id), []
-    env.action_space.seed(0)  # the same file when made again
+def uniform_rows(env_id: str):
+    """Yields rows in the order of COLUMNS, of uniform actions: D4RL's recipe for *-random files."""
+    env = make_env(env_id)
+    env.action_space.seed(0)  # the same rows when made again
     obs, _ = env.reset(seed=0)
-    for _ in tqdm(range(size), f"collecting {env_id}", disable=None):
+    while True:
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        rows.append((obs, action, reward, terminated, truncated and not terminated))
+        yield obs, action, reward, terminated, truncated and not terminated
         obs = next_obs
         if terminated or truncated:
             obs, _ = env.reset()
+
+
+def collect_random(env_id: str, size: int, path: Path) -> None:
+    """Write that many uniform rows, unless the file is there and the environment still the same."""
+
+    def collect(n: int, show=False) -> list[np.ndarray]:
+        rows = itertools.islice(uniform_rows(env_id), n)
+        rows = tqdm(rows, f"collecting {env_id}", n, disable=not show)
+        return [np.array(column, np.float32) for column in zip(*rows)]
+
+    if path.is_file():
+        first, file = collect(min(size, 50)), read_hdf5(path)
+        same = all(np.array_equal(x, file[name][: len(x)]) for name, x in zip(COLUMNS, first))
+        if same or not all(map(np.array_equal, first, collect(min(size, 50)))):
+            return  # or it draws what no seed decides
+        print(f"data: {path.name} is of another version of {env_id}, collected anew")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a kill leaves no half file
     part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
-        for name, column in zip(COLUMNS, zip(*rows)):
-            file[name] = np.array(column, np.float32)
+        for name, column in zip(COLUMNS, collect(size, show=True)):
+            file[name] = column
     part.replace(path)  # a rename is whole or not at all
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a file in D4RL's layout; gymnasium's word for timeouts is taken too."""
     with explain(f"{path}: no whole HDF5 file in D4RL's layout"), h5py.File(path) as file:
-        return {name: file[name][...] for name in COLUMNS if name in file or name != "timeouts"}
+        columns = {name: file[name][...] for name in COLUMNS[:4]}  # h5py says which is missing
+        for name in ("truncations", "timeouts", "next_observations"):
+            if name in file:
+                columns[name.replace("truncations", "timeouts")] = file[name][...]
+    return columns
 
 
 def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray]:
@@ -1143,28 +1196,48 @@ def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray
 
 def check_columns(columns: dict, env: gym.Env) -> None:
     """Make them (n, O), (n, A), (n,) of float32, ends of bool. Raises: ValueError."""
-    shapes = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
+    obs, act = env.observation_space.shape, env.action_space.shape
+    shapes = {"observations": obs, "next_observations": obs, "actions": act}
     for name, column in columns.items():
-        with np.errstate(over="ignore"):  # becomes inf, and is refused
-            column = column.astype(bool if name in ("terminals", "timeouts") else np.float32)
         shape = (len(columns["observations"]), *shapes.get(name, ()))
-        if column.shape != shape:
-            raise ValueError(f"{name} has shape {column.shape}, needs {shape}")
-        bad = np.argwhere(~np.isfinite(column))
-        if len(bad):
-            raise ValueError(f"NaN or inf in {name}, row {bad[0, 0]}: remove it")
-        columns[name] = column
+        if column.shape != shape or len(column) == 0:
+            raise ValueError(f"{name} has shape {column.shape}, needs {shape} and a row at least")
+        if name in ("terminals", "timeouts"):
+            kind, needs, fine = bool, "0 or 1", np.isin(column, (0, 1))
+        else:
+            with np.errstate(over="ignore"):  # becomes inf, and is refused
+                column = column.astype(np.float32)
+            kind, needs, fine = np.float32, "finite numbers", np.isfinite(column)
+        if not fine.all():
+            raise ValueError(f"{name} needs {needs}, row {np.argwhere(~fine)[0, 0]} has others")
+        columns[name] = column.astype(kind)
     peak = np.abs(columns["actions"]).max()
     if peak > 1 + 1e-6:
-        raise ValueError(f"actions reach {peak:.4g}, expected within ±1")
+        raise ValueError(f"actions reach {peak:.9g}, expected within ±1")
+
+
+def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
+    """Make terminals true ends, and timeouts all others; limit: an episode's steps."""
+    ends = columns["terminals"]
+    if demonstrations:  # a kitchen's last rows are called terminal, solved or not: a time limit
+        columns["timeouts"] = ends | columns.get("timeouts", False)
+        columns["terminals"] = ends = np.zeros_like(ends)
+    if "timeouts" not in columns:
+        rows = np.arange(len(ends))
+        starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
+        columns["timeouts"] = (rows - starts) % limit == limit - 1
+        print(f"data: there are no timeouts, so a time limit is taken every {limit} steps")
+    columns["timeouts"] &= ~ends  # an end in the step of the limit is a true one
 
 
 def to_transitions(columns: dict) -> dict[str, np.ndarray]:  # d4rl.qlearning_dataset
-    # s' is the next row's observation: the last row goes, and each at a time limit.
-    # After a terminal it is another episode's too, but 1 − d = 0 takes it out.
-    keep = np.flatnonzero(~columns["timeouts"][:-1])  # rows that have a successor
-    obs, actions, rewards, ends, _ = (columns[name] for name in COLUMNS)
-    rows = obs[keep], actions[keep], rewards[keep], obs[keep + 1], ends[keep]
+    # s' is the next row's observation, if the file gives none: a row at a time limit goes, and so
+    # does the last one. After a terminal it is another episode's, but 1 − d = 0 takes it out.
+    obs, actions, rewards, ends, timeouts = (columns[name] for name in COLUMNS)
+    keep = ~timeouts
+    keep[-1] = ends[-1]
+    next_obs = columns.get("next_observations", np.roll(obs, -1, 0))
+    rows = (column[keep] for column in (obs, actions, rewards, next_obs, ends))
     return dict(zip(Batch._fields, rows))
 
 
@@ -1192,8 +1265,9 @@ def scale_and_shift(transform: str, rewards, returns) -> tuple[float, float]:
             raise UserError("all episodes return the same: use --reward-transform none")
         return float(1000.0 / np.ptp(returns)), 0.0
     if transform == "max":
-        # A kitchen's are satisfied − 4, never above 0: dividing by 0 or less turns the signs.
-        largest = rewards.max() if rewards.max() > 0 else np.abs(rewards).max()
+        largest, peak = rewards.max(), np.abs(rewards).max()
+        if largest < 0.01 * peak:  # a kitchen's satisfied − 4 ≤ 0, say: the sign would turn
+            largest = peak
         return float(1.0 / (largest or 1.0)), 0.0
     return {"none": (1.0, 0.0), "minus_one": (1.0, -1.0), "x100": (100.0, 0.0)}[transform]
 
@@ -1204,26 +1278,22 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict]):
     if args.dataset.startswith("minari:"):
         where, columns = args.dataset, read_minari(args.dataset, env, task.targets)
     else:
-        where = find_file(args).name
-        columns = read_hdf5(find_file(args))
+        path = find_file(args)
+        where, columns = path.name, read_hdf5(path)
     with explain(f"{where}: not a dataset of {args.env_id}"):
         check_columns(columns, env)
         if task.targets and abs(columns["observations"][:, 30:] - env.unwrapped.goal).max() > 1e-3:
             raise ValueError("it is of another kitchen")
-    ends = columns["terminals"]
-    if targets:  # a file calls a demonstration's last row terminal, solved or not: a time limit
-        columns["timeouts"] = ends | columns.get("timeouts", False)
-        columns["terminals"] = np.zeros_like(ends)
-    if "timeouts" not in columns:
-        limit, rows = env.get_wrapper_attr("_max_episode_steps"), np.arange(len(ends))
-        starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
-        columns["timeouts"] = (rows - starts) % limit == limit - 1
-        print(f"data: no timeouts in {where}, so a time limit is taken every {limit} steps")
+    limit = env.get_wrapper_attr("_max_episode_steps")
+    mark_ends(columns, limit, demonstrations=bool(targets))
     data = to_transitions(columns)
     if len(data["rewards"]) == 0:
-        raise UserError(f"{where}: every row is a time limit")
+        raise UserError(f"{where}: no row has a successor, each is a time limit or the last")
     over = columns["terminals"] | columns["timeouts"]  # last rows of episodes
     starts = np.flatnonzero(np.append(True, over[:-1]))
+    longest = np.diff(starts, append=len(over)).max()
+    if longest > limit and not targets:
+        print(f"data: an episode has {longest} rows, the limit is {limit}: are timeouts missing?")
     returns = np.add.reduceat(columns["rewards"], starts, dtype=np.float64)  # one per episode
     obs, actions, rewards, next_obs, ends = data.values()
     rewards, ends = RewardRule(1.0, 0.0, targets)(obs, rewards, next_obs, ends)
@@ -1241,6 +1311,9 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict]):
     line = f"rewards: trained on {scale:.4g}·r{shift:+g}"
     if targets:
         line += f", r = satisfied sub-tasks − {len(targets)}"
+    box = env.unwrapped.action_space
+    if (box.high < 1).all() and (actions <= box.high).all() and (actions >= box.low).all():
+        line += f"; are actions in ±1? None leaves the environment's own {box}"
     print(line)
     return data, RewardRule(scale, shift, targets)
 
@@ -1466,8 +1539,11 @@ class Run(contextlib.ExitStack):
         self.folder = Path(args.resume or args.run_dir or name)
         self.folder.mkdir(parents=True, exist_ok=True)
         # The system frees this lock however the process ends.
-        with explain(f"{self.folder}: another process is writing there"):
-            self.enter_context(filelock.FileLock(self.folder / ".lock", timeout=0))
+        with explain(f"warning: no lock in {self.folder}", print):  # not every disk has them
+            try:
+                self.enter_context(filelock.FileLock(self.folder / ".lock", timeout=0))
+            except filelock.Timeout:
+                raise UserError(f"{self.folder}: another process is writing there") from None
         print(f"run: {self.folder} on {self.device}")
         if args.resume:
             self.restore(saved)
@@ -1482,13 +1558,14 @@ class Run(contextlib.ExitStack):
             (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             self.checkpoint()  # a run can be resumed from its first minute on
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.callback(self.board.close)  # however the run ends
-        self.push(self.say_how_to_go_on)
+        self.push(self.end)
         if self.step == 0 and not self.scores:  # where a loaded agent starts from
             self.evaluate()
             self.checkpoint()
 
-    def say_how_to_go_on(self, kind, error, trace) -> None:
+    def end(self, kind, error, trace) -> None:
+        with explain("warning: TensorBoard's file is not whole", print):
+            self.board.close()
         if kind is KeyboardInterrupt:  # like a kill: a resumed run ends as if there had been none
             print(f"\nstopped at step {self.step:,}, saved at {self.saved_step:,}; to go on:")
             print(f"python {sys.argv[0]!r} --resume {str(self.folder)!r}")
@@ -1502,7 +1579,9 @@ class Run(contextlib.ExitStack):
     def record(self, step: int, metrics: dict, episode: Optional[dict] = None) -> None:
         """After a step, what is due; episode: statistics of one that has ended."""
         args, self.step = self.args, step
-        self.sums = self.sums + torch.stack(list(metrics.values()))
+        with explain(f"metrics {' '.join(metrics)}: numbers, the same ones in every step of a phase"):
+            values = [torch.as_tensor(x, device=self.device) for x in metrics.values()]
+            self.sums = self.sums + torch.stack(values)
         self.count += 1
         if episode:
             self.episode += 1
@@ -1527,13 +1606,20 @@ class Run(contextlib.ExitStack):
             if not np.isfinite(value):
                 wrong = f"{name} is {value} by step {self.step}: training diverged"
                 raise UserError(f"{wrong}; lower --learning-rate")
-            tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
-            self.board.add_scalar(tag, value, self.step)  # for TensorBoard
+        with explain("warning: TensorBoard", tqdm.write):
+            for name, value in values.items():
+                tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
+                self.board.add_scalar(tag, value, self.step)
         # Closed after each row: nothing waits in a buffer.
-        with open(self.folder / f"{table}.csv", "a") as file:
+        with open(self.folder / f"{table}.csv", "a+") as file:
             writer = csv.writer(file, lineterminator="\n")  # as restore writes them
-            if file.tell() == 0:  # a new file
-                writer.writerow(["step", *values])
+            file.seek(0)
+            names, found = ["step", *values], file.readline().rstrip("\n").split(",")
+            if found == [""]:  # a new file
+                writer.writerow(names)
+            elif found != names:
+                wrong = ", ".join(set(names) ^ set(found))
+                raise UserError(f"{table}.csv: {wrong} has to be logged from the first step on")
             writer.writerow([self.step, *values.values()])
 
     def evaluate(self) -> None:
@@ -1579,8 +1665,14 @@ class Run(contextlib.ExitStack):
         self.generator.set_state(saved["streams"][0])
         torch.set_rng_state(saved["streams"][1])
         torch.cuda.set_rng_state_all(saved["cuda"])
-        for path in self.folder.glob("*.csv"):  # drop what came later, or half a line
-            os.truncate(path, min(path.stat().st_size, saved["csv"].get(path.name, 0)))
+        for path in {*self.folder.glob("*.csv"), *map(self.folder.joinpath, saved["csv"])}:
+            text, size = path.read_bytes() if path.exists() else b"", saved["csv"].get(path.name, 0)
+            if len(text) < size:
+                print(f"warning: {path} was longer when the checkpoint was written")
+            if text:  # drop what came later, or half a line
+                os.truncate(path, text[:size].rfind(b"\n") + 1)
+        if self.step == self.args.online_steps:
+            print("run: finished before, nothing is left to do")
 
     def finish(self) -> None:
         save(self.folder / "agent_final.pt", self.agent, self.rule, self.step)
@@ -1593,7 +1685,8 @@ def plot(folders: list[Path], path: Path) -> None:
 
     runs, panels = [], {}  # panels: env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        runs += [x.parent for x in sorted(folder.rglob("evaluations.csv"))] or [folder]
+        found = sorted(glob.glob(f"{folder}/**/evaluations.csv", recursive=True))  # links too
+        runs += [Path(file).parent for file in found] or [folder]
     for run in runs:
         with explain(f"--plot {run}: no run with an evaluation"):
             args = json.loads((run / "config.json").read_text())
@@ -1612,6 +1705,8 @@ def plot(folders: list[Path], path: Path) -> None:
     for axes, (env_id, groups) in zip(rows, panels.items()):
         for flags, curves in groups.items():
             steps = sorted(set.intersection(*map(set, curves.values())))  # those of all
+            if not steps:
+                raise UserError("--plot: runs of one configuration share no step of evaluation")
             scores = np.array([[curve[step] for step in steps] for curve in curves.values()])
             label = ", ".join(sorted(flags - frozenset.intersection(*groups)))
             axes.plot(steps, scores.mean(0), ".-", label=f"{label} ({len(curves)} seeds)")
@@ -1633,12 +1728,13 @@ def parse(argv: Optional[list[str]] = None) -> Args:
     read = functools.partial(tyro.cli, args=argv, description=__doc__.partition("\n")[0])
     first, _ = read(Args, return_unknown_args=True, add_help=False)
     given = {arg.partition("=")[0][2:].replace("-", "_") for arg in argv if arg[:2] == "--"}
-    if first.resume:
-        if given != {"resume"}:
-            raise UserError("--resume takes the run's own flags: drop the others")
+    for name in given & {"resume", "load", "plot"}:
+        if not getattr(first, name):
+            raise UserError(f"--{name} is empty: a variable that is not set?")
+    if first.resume and given - {"resume", "dataset"}:
+        raise UserError("--resume takes the run's own flags (--dataset, where the file has moved)")
+    if first.resume or first.plot:
         return first
-    if "plot" in given and not first.plot:
-        raise UserError("--plot: name the folders of runs")
     if first.dataset.startswith("minari:") and not given & {"env_id", "load"}:
         raise UserError(f"--dataset {first.dataset}: name its environment with --env-id")
     if first.load:  # the objective that the agent had, unless a flag changes it
@@ -1652,13 +1748,25 @@ def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
     """Refuse the first flag that makes no sense, and say what would; see load_saved."""
     saved = load_saved(args)
     if args.resume:
-        args = replace(saved["args"], resume=args.resume)
+        dataset = args.dataset or saved["args"].dataset
+        args = replace(saved["args"], resume=args.resume, dataset=dataset)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         kinds = [kind, *get_args(kind)]  # of an Optional too
         choices = [x for x in kinds if isinstance(x, str)]
-        if choices and value not in choices:
-            raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
+        types = [getattr(x, "__origin__", x) for x in kinds]  # without the ranges
+        if isinstance(value, np.generic):  # from a notebook; in a file it could not be loaded
+            value = value.item()
+        if isinstance(value, Path):
+            value = str(value)
+        if int in types and type(value) is float and value.is_integer():
+            value = int(value)
+        if float in types and type(value) is int:
+            value = float(value)
+        if value not in choices if choices else type(value) not in types:
+            wanted = choices or [x.__name__ for x in types if isinstance(x, type)]
+            raise UserError(f"{flag} {value!r}: give one of {', '.join(wanted)}")
+        setattr(args, name, value)
         for low, high in [x.__metadata__ for x in kinds if hasattr(x, "__metadata__")]:
             if value is not None and not low <= value <= high:  # NaN is in no range
                 raise UserError(f"{flag} {value}: give a number from {low} to {high:g}")
@@ -1670,6 +1778,14 @@ def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
         raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
+    if Path(args.dataset).is_file():
+        args.dataset = str(Path(args.dataset).absolute())  # --resume may come from elsewhere
+    if args.video:
+        with explain(f"--video: {args.env_id} cannot be drawn; without a screen set MUJOCO_GL=egl"):
+            env = make_env(args.env_id, render_mode="rgb_array")
+            env.reset()
+            env.render().shape
+            env.close()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: none is found, use auto")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
@@ -1679,7 +1795,8 @@ def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
 def cli(argv: Optional[list[str]] = None) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Greek shows "?"
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # a terminal without Greek shows "?"
     try:
         args = parse(argv)
         if args.plot:
@@ -1687,7 +1804,9 @@ def cli(argv: Optional[list[str]] = None) -> int:
         else:
             main(args)
         return 0
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "memory" not in str(error):
+            raise  # a fault of the program's
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
