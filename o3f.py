@@ -25,13 +25,12 @@ Trained on an offline objective, a policy stays near its data and tries nothing 
 change the objective there can destroy what was learned. O3F changes only which action is tried.
 
 Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one)
+           N, σ, ω  number of candidates, their std, weight of the critics' std
            π policy, Q_j critic j of m, V state value, γ discount; Q̂, π⁻, Dec⁻ slow copies
            IQL: κ expectile (τ in its paper), β inverse temperature
            LAPO: z latent action, Dec(s, z) decoder, λ weight of the minimum over critics
            SO2: α weight of the entropy, |A| number of an action's coordinates
-           N, σ, ω  number of candidates, their std, weight of the critics' std
 
-Run it     python o3f.py --env-id kitchen-mixed-v0 --base iql    (--help: all flags, their values)
 Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
            That is all of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
 """
@@ -73,7 +72,7 @@ from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from tqdm import tqdm
 
 # ==== 1. Flags ====
-Share = Annotated[float, 0, 1]  # the lowest and the highest value that makes sense, see check
+Share = Annotated[float, 0, 1]  # with the lowest and the highest value that makes sense
 Amount = Annotated[float, 0, 1e9]
 Count = Annotated[int, 1, 1e9]
 Steps = Annotated[int, 0, 1e9]
@@ -740,11 +739,8 @@ class ReplayBuffer:
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
         if not np.isfinite(row).all():
             raise UserError("the environment gave NaN or inf; --load an earlier agent")
-        self.extend(torch.from_numpy(row)[None])
-
-    def extend(self, rows: torch.Tensor) -> None:
-        self.rows[self.filled : self.filled + len(rows)] = rows
-        self.filled += len(rows)
+        self.rows[self.filled].copy_(torch.from_numpy(row))
+        self.filled += 1
         self.size.fill_(self.filled)
 
     def sample(self, batch_size: int, batches: int = 1, offline_ratio: Optional[float] = None):
@@ -775,7 +771,7 @@ def main(args: Args) -> dict:
     judge = functools.partial(evaluate, agent, reward_rule, task, args, eval_seed)
     with Run(args, agent, buffer, generator, reward_rule, judge, saved) as run:
         # Steps up to 0 are offline updates, later ones environment steps: one axis for both.
-        # recorded (§10) is nothing on a CPU, and on a GPU the same update without Python's delay.
+        # recorded (§10): the same on a CPU, and without Python's delay on a GPU.
         update = recorded(lambda: agent.update(buffer.sample(args.batch_size)), device)
         for step in run.bar("offline", range(run.step + 1, 1)):
             run.record(step, update())
@@ -859,14 +855,12 @@ PRESETS = {
     "antmaze": dict(sigma=0.05),
     "kitchen": dict(sigma=0.05),
     "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
-    # Rewards are of order 1 as they are. Measured: samples score half as much as the mean (9,876
-    # rows); with σ 0.02 the optimistic action half as much as the policy, at most (14,085).
+    # Measured: samples score half as much as the mean; with σ 0.02 the optimistic action, too.
     "iql/kitchen": dict(
         beta=0.5, actor_dropout=0.1, reward_transform="none", proposal="mean", sigma=0.01
     ),
     "iql/other": dict(normalise_adv=True),  # a stranger's reward scale is unknown
-    # Measured on wide data (halfcheetah-random): policy 29, with LayerNorm 20. There plain critics
-    # hold at σ 0.2; on narrow data (the medium stand-in) they do not: 52 to 9.
+    # Measured on halfcheetah-random: policy 29, with LayerNorm 20.
     "lapo": dict(batch_size=512, learning_rate=2e-4, utd=20, proposal="mean", layer_norm=False),
     "lapo/antmaze": dict(doubleq_min=0.7, value_clamp="once", reward_transform="x100"),
     "awac": dict(beta=1.0),
@@ -896,10 +890,9 @@ def preset(env_id: str, base: str, **flags) -> Args:
 
 
 def d4rl_dir() -> Path:  # d4rl as a folder: to import it takes the MuJoCo of 2021
-    spec = importlib.util.find_spec("d4rl")
-    if spec is None:
-        raise UserError("package d4rl is missing: pip install --no-deps d4rl==1.1")
-    return Path(spec.submodule_search_locations[0])  # found without running it
+    spec = importlib.util.find_spec("d4rl")  # found without running it
+    with explain("package d4rl is missing: pip install --no-deps d4rl==1.1"):
+        return Path(spec.submodule_search_locations[0])
 
 
 def make_env(env_id: str, **kwargs) -> gym.Env:
@@ -1355,12 +1348,11 @@ def evaluate(agent: Base, rule, task: Task, args: Args, seed: int, envs: list) -
     for t in reversed(range(len(rewards) - 1)):  # now the discounted return from each step on
         rewards[t] += args.gamma * rewards[t + 1]
     # Where a limit cut an episode, more would have come. τ leaves out the steps for which that
-    # counts for more than 5 %: those k before the end with γ^k > 0.05.
+    # counts for more than 5 %: γ^k > 0.05, k steps before the end.
     tail = int(np.log(0.05) / np.log(np.clip(args.gamma, 1e-6, 1 - 1e-6)))
     kept = np.maximum(0, lengths - tail * ~np.array(ended))
     promised, came = np.transpose([q, rewards], (0, 2, 1))  # (n, T) each
-    taus = [kendall_tau(x[:k], y[:k]) for x, y, k in zip(promised, came, kept)]
-    taus = np.concatenate(taus)
+    taus = np.concatenate([kendall_tau(x[:k], y[:k]) for x, y, k in zip(promised, came, kept)])
     scores = task.score(returns)
     results = {
         "eval/score": scores.mean(),
@@ -1402,7 +1394,8 @@ def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
 # What a saved agent and the run that loads it must agree in.
 IDENTITY = "env_id base kitchen_rewards reward_transform gamma layer_norm standardise"
 # In which the runs of one curve may differ.
-OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_minutes versions"
+OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_minutes"
+OWN += " versions pretraining eval_every explore"
 
 
 def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: float) -> None:
@@ -1425,11 +1418,10 @@ def orthogonal_(layer: nn.Module) -> None:
 def make_agent(args: Args, data: Optional[dict], saved: Optional[dict], device) -> Base:
     """An agent that has seen the dataset (keys of Batch), or a saved one."""
     sizes = saved["sizes"] if saved else (data[x].shape[1] for x in ("observations", "actions"))
-    agent = BASES[args.base](args, *sizes).to(device)
+    agent, on_gpu = BASES[args.base](args, *sizes).to(device), device.type == "cuda"
     learned = [weight for weight in agent.parameters() if weight.requires_grad]
     # The rate is constant: IQL's authors let the actor's decay, but offline only. Capturable: the
     # number of steps is a tensor, for `recorded`.
-    on_gpu = device.type == "cuda"
     agent.optimizer = torch.optim.Adam(learned, args.learning_rate, fused=True, capturable=on_gpu)
     if saved:
         with explain("the saved agent does not fit its flags"):
@@ -1517,7 +1509,7 @@ def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -
 class Run(contextlib.ExitStack):
     """A run's folder: after a step it logs, evaluates and saves what is due."""
 
-    BOOKS = "step episode sums count scores".split()  # a checkpoint has them all
+    BOOKS = "step episode sums count scores columns".split()  # a checkpoint has them all
 
     def __init__(self, args, agent, buffer, generator, rule, judge, saved):
         super().__init__()  # what is opened here is closed at the end of main's `with`
@@ -1525,7 +1517,8 @@ class Run(contextlib.ExitStack):
         self.generator, self.rule, self.judge = generator, rule, judge
         self.device = buffer.rows.device.type
         self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-        self.step, self.episode, self.scores = -args.offline_steps, 0, {}  # step: the last one done
+        self.step, self.episode = -args.offline_steps, 0  # the last ones that are done
+        self.scores, self.columns = {}, {}  # by step; of each table
         self.sums, self.count = torch.zeros((), device=self.device), 0  # of metrics
         self.checksum = zlib.crc32(buffer.rows[: buffer.num_offline].cpu().numpy())
         self.open_folder(saved)
@@ -1535,8 +1528,8 @@ class Run(contextlib.ExitStack):
 
         args = self.args
         name = re.sub("[/:]", "-", f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}")
-        name = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.folder = Path(args.resume or args.run_dir or name)
+        name += time.strftime(f"-%Y%m%d-%H%M%S-{os.getpid()}")
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         # The system frees this lock however the process ends.
         with explain(f"warning: no lock in {self.folder}", print):  # not every disk has them
@@ -1579,7 +1572,7 @@ class Run(contextlib.ExitStack):
     def record(self, step: int, metrics: dict, episode: Optional[dict] = None) -> None:
         """After a step, what is due; episode: statistics of one that has ended."""
         args, self.step = self.args, step
-        with explain(f"metrics {' '.join(metrics)}: numbers, the same ones in every step of a phase"):
+        with explain(f"metrics {' '.join(metrics)}: numbers, the same in every step of a phase"):
             values = [torch.as_tensor(x, device=self.device) for x in metrics.values()]
             self.sums = self.sums + torch.stack(values)
         self.count += 1
@@ -1610,17 +1603,15 @@ class Run(contextlib.ExitStack):
             for name, value in values.items():
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
                 self.board.add_scalar(tag, value, self.step)
-        # Closed after each row: nothing waits in a buffer.
-        with open(self.folder / f"{table}.csv", "a+") as file:
-            writer = csv.writer(file, lineterminator="\n")  # as restore writes them
-            file.seek(0)
-            names, found = ["step", *values], file.readline().rstrip("\n").split(",")
-            if found == [""]:  # a new file
-                writer.writerow(names)
-            elif found != names:
-                wrong = ", ".join(set(names) ^ set(found))
-                raise UserError(f"{table}.csv: {wrong} has to be logged from the first step on")
-            writer.writerow([self.step, *values.values()])
+        names = self.columns.setdefault(table, ["step", *values])
+        with (
+            explain(f"{table}.csv: what is logged has to be logged from the first step on"),
+            open(self.folder / f"{table}.csv", "a") as file,  # closed after each row
+        ):
+            writer = csv.DictWriter(file, names, lineterminator="\n")  # as restore writes them
+            if file.tell() == 0:  # a new file
+                writer.writeheader()
+            writer.writerow({"step": self.step} | values)
 
     def evaluate(self) -> None:
         results = self.judge(self.envs)
@@ -1661,7 +1652,9 @@ class Run(contextlib.ExitStack):
         vars(self).update(saved["books"])  # step, sums, … go on where they were
         self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
-        self.buffer.extend(saved["rows"])
+        buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
+        buffer.rows[buffer.num_offline : n] = saved["rows"]
+        buffer.filled = buffer.size.fill_(n).item()
         self.generator.set_state(saved["streams"][0])
         torch.set_rng_state(saved["streams"][1])
         torch.cuda.set_rng_state_all(saved["cuda"])
@@ -1685,41 +1678,44 @@ def plot(folders: list[Path], path: Path) -> None:
 
     runs, panels = [], {}  # panels: env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        found = sorted(glob.glob(f"{folder}/**/evaluations.csv", recursive=True))  # links too
-        runs += [Path(file).parent for file in found] or [folder]
-    for run in runs:
-        with explain(f"--plot {run}: no run with an evaluation"):
-            args = json.loads((run / "config.json").read_text())
-            lines = (run / "evaluations.csv").read_text().splitlines()
-            curve = {int(x["step"]): float(x["eval/score"]) for x in csv.DictReader(lines)}
-            max(curve)  # raises where there is none
-        before = args.pop("pretraining", {})
-        flags = {f"{name} {args[name]}" for name in args.keys() - set(OWN.split())}
-        flags |= {f"pretrained with {k} {before[k]}" for k in before.keys() - set(OWN.split())}
-        curves = panels.setdefault(args["env_id"], {}).setdefault(frozenset(flags), {})
-        if args["seed"] in curves:
-            raise UserError(f"--plot {run}: a second run of seed {args['seed']}")
-        curves[args["seed"]] = curve
-    figure = Figure(figsize=(7, 3.5 * len(panels)), dpi=120, layout="constrained")
+        found = glob.glob(f"{folder}/**/evaluations.csv", recursive=True)  # follows links
+        with explain(f"--plot {folder}: no run with an evaluation"):
+            runs += [(os.path.getmtime(x), Path(x)) for x in found or [f"{folder}/evaluations.csv"]]
+    for _, table in sorted(set(runs)):  # the oldest first
+        with explain(f"--plot {table}: not of a whole run"):
+            args = json.loads((table.parent / "config.json").read_text())
+            rows = csv.DictReader(table.read_text().splitlines())
+            curve = {int(row["step"]): float(row["eval/score"]) for row in rows}
+            flags = frozenset(f"{x} {args[x]}" for x in args.keys() - set(OWN.split()))
+        if len(curve) > 1:  # an agent that was evaluated once is no curve
+            curves = panels.setdefault(args["env_id"], {}).setdefault((args["explore"], flags), {})
+            if args["seed"] in curves:
+                print(f"plot: {table.parent} instead of an older run of seed {args['seed']}")
+            curves[args["seed"]] = curve
+    if not panels:
+        raise UserError("--plot: no run there has two evaluations yet")
+    figure = Figure(figsize=(7, 4 * len(panels)), dpi=120, layout="constrained")
     rows = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (env_id, groups) in zip(rows, panels.items()):
-        for flags, curves in groups.items():
-            steps = sorted(set.intersection(*map(set, curves.values())))  # those of all
+        common = frozenset.intersection(*(flags for _, flags in groups))
+        for (explore, flags), curves in groups.items():
+            steps = sorted(set.intersection(*map(set, curves.values())))  # those of all seeds
             if not steps:
                 raise UserError("--plot: runs of one configuration share no step of evaluation")
             scores = np.array([[curve[step] for step in steps] for curve in curves.values()])
-            label = ", ".join(sorted(flags - frozenset.intersection(*groups)))
-            axes.plot(steps, scores.mean(0), ".-", label=f"{label} ({len(curves)} seeds)")
+            label = ", ".join([explore, *sorted(flags - common)])
+            label = f"{label[:70]} (seed {', '.join(map(str, sorted(curves)))})"
+            axes.plot(steps, scores.mean(0), ".-", label=label)
             axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
         axes.axvline(0, color="black", lw=0.8, ls=":")
-        axes.set_xlabel("offline updates | environment steps, from the dotted line on")
         is_return = get_task(env_id).family == "other"
         axes.set_ylabel(f"{env_id}: " + ("return" if is_return else "score"))
         axes.legend(frameon=False, fontsize="small")
-    figure.suptitle("line: mean over seeds; band: lowest to highest seed", fontsize="small")
+    rows[-1].set_xlabel("offline updates | environment steps, from the dotted line on")
+    rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
     with explain(f"--plot-to {path}: cannot be drawn"):
         figure.savefig(path)
-    print(f"plot: {path}, {len(runs)} runs")
+    print(f"plot: {path}")
 
 
 def parse(argv: Optional[list[str]] = None) -> Args:
@@ -1761,11 +1757,9 @@ def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
             value = str(value)
         if int in types and type(value) is float and value.is_integer():
             value = int(value)
-        if float in types and type(value) is int:
-            value = float(value)
-        if value not in choices if choices else type(value) not in types:
-            wanted = choices or [x.__name__ for x in types if isinstance(x, type)]
-            raise UserError(f"{flag} {value!r}: give one of {', '.join(wanted)}")
+        wanted = choices or types + [int] * (float in types)
+        if (value if choices else type(value)) not in wanted:
+            raise UserError(f"{flag} {value!r}: give one of {', '.join(map(str, wanted))}")
         setattr(args, name, value)
         for low, high in [x.__metadata__ for x in kinds if hasattr(x, "__metadata__")]:
             if value is not None and not low <= value <= high:  # NaN is in no range
