@@ -84,11 +84,11 @@ class Args:
 
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
     base: Literal["iql", "lapo", "awac", "so2"] = "iql"  # offline algorithm that is fine-tuned
-    seed: Steps = 0  # of four independent streams: learning, exploration, environment, evaluation
+    seed: Steps = 0  # seed of four streams: learning, exploration, environment, evaluation
     # -- data --
     dataset: str = ""  # D4RL's (*-random-v2: collected), random (collected), minari:ID or a file
     dataset_size: Count = 1_000_000  # rows to collect (D4RL 1M); more = wider data
-    kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # one rule, or as D4RL pays
+    kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # satisfied - 4, or as D4RL pays
     # max (LAPO's; ours for all): r / largest r; return_range (IQL's): 1000r / (best - worst
     # return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's, ant maze): 100r; none: r
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
@@ -96,31 +96,31 @@ class Args:
     offline_steps: Steps = 1_000_000  # updates before the first step (papers 1M; SO2 3M, AWAC 50k)
     online_steps: Steps = 250_000  # environment steps of fine-tuning (ours; IQL's paper 1M)
     batch_size: Count = 256  # rows per update (IQL 256, LAPO 512); more = less noise, slower
-    learning_rate: Amount = 3e-4  # of Adam (IQL 3e-4, LAPO 2e-4); more = faster, less stable
+    learning_rate: Amount = 3e-4  # step size of Adam (IQL 3e-4, LAPO 2e-4); more = faster, rougher
     gamma: Share = 0.99  # γ, discount per step (papers 0.99); more = looks further ahead
     tau: Share = 0.005  # rate of the slow copies per update (papers 0.005); more = less stable
-    num_critics: Count = 5  # m (paper 5); more = a lower minimum, a steadier mean, slower
+    num_critics: Count = 5  # m, critics (paper 5); more = a lower minimum, slower
     hidden_dim: Count = 256  # units per hidden layer (papers 256); more = slower
     layer_norm: bool = True  # LayerNorm in the critics (ours; papers no, LAPO, SO2 no): see MLP
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
-    num_candidates: Count = 100  # N per step (paper 100); more = greedier towards the critics
-    sigma: Amount = 0.2  # σ in ±1 (0.2; ant maze, kitchen 0.05, IQL's 0.01 is ours); more = bolder
+    num_candidates: Count = 100  # N, actions to choose from (paper 100); more = greedier
+    sigma: Amount = 0.2  # std of candidates (0.2; ant maze, kitchen 0.05; IQL's 0.01); more = bolder
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
-    proposal: Literal["sample", "mean"] = "sample"  # a to start from (Alg. 1; the mean is ours)
+    proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
     offline_ratio: Optional[Share] = None  # dataset's share of batches (ours; None: uniform)
     # -- evaluation --
     eval_every: Count = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: Count = 10  # episodes per evaluation; more = less noise, slower
-    eval_action: Literal["policy", "explore"] = "policy"  # its mean (paper silent), or --explore's
+    eval_action: Literal["policy", "explore"] = "policy"  # what is scored: π's mean, or --explore
     # -- run --
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
     load: str = ""  # a saved agent instead of pretraining; its flags are the defaults
     log_every: Count = 1000  # steps per row of metrics, a mean; more = shorter files
-    checkpoint_minutes: Amount = 5.0  # between checkpoints (0: always); more = more lost by a kill
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if found
+    checkpoint_minutes: Amount = 5.0  # minutes between checkpoints; more = more lost by a kill
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn; auto: cuda if found
     compile: bool = False  # torch.compile the updates: a minute at start, a quarter faster on a GPU
     plot: tuple[str, ...] = ()  # folders: draw these runs, or all in them, and train nothing
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
@@ -345,7 +345,7 @@ class WeightedArgs(Args):
     beta: Amount = 3.0  # β, IQL Eq. 7 (3, ant maze 10, kitchen 0.5, AWAC 1); 0 clones, more = picky
     online_beta: Optional[Amount] = None  # β online (Fig. 3, AWAC: 10); None: unchanged
     anneal: Literal["step", "linear"] = "step"  # β, κ get there at once, or over the online phase
-    exp_adv_max: Amount = 100.0  # limit of exp(β·A) (100); more = single rows may rule
+    exp_adv_max: Amount = 100.0  # limit of the weights exp(β·A) (100); more = single rows may rule
     normalise_adv: bool = False  # A / its std (ours; paper no), for any reward scale
     actor_dropout: Share = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
     standardise: bool = True  # networks see (s - mean)/std of the data (ours; papers no)
@@ -1478,8 +1478,8 @@ def load_agent(path: str, device: str = "cpu") -> Base:
 def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -> Callable:
     """fn itself on a CPU; on CUDA a function that launches all of fn's kernels at once."""
     # An update of small networks is some two hundred kernels of 2 µs each, and Python needs longer
-    # than that to ask for one: the GPU waits, nine tenths of the time. A CUDA graph is recorded once
-    # and asks for all of them in one go. It does *exactly* what was recorded: Python's numbers and
+    # than that to ask for one: the GPU waits, nine tenths of the time. A CUDA graph is recorded
+    # once and asks for all of them in one go. It does *exactly* what was recorded: Python's numbers and
     # branches are frozen. What changes is a tensor, filled in place: the buffer and its size, the
     # observation, the progress of Fig. 3.
     if device.type != "cuda":
