@@ -105,7 +105,7 @@ class Args:
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
     num_candidates: Count = 100  # N, actions to choose from (paper 100); more = greedier
-    sigma: Amount = 0.2  # std of candidates (0.2; ant maze, kitchen 0.05; IQL's 0.01); more = bolder
+    sigma: Amount = 0.2  # candidates' std (0.2; ant maze, kitchen 0.05, IQL's 0.01); more = bolder
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
     proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
