@@ -32,7 +32,7 @@ Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is n
            SO2: α weight of the entropy, |A| number of an action's coordinates
 
 Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
-           That is all of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
+           All of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ import difflib
 import functools
 import glob
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -52,11 +51,10 @@ import runpy
 import sys
 import time
 import warnings
-import xml.etree.ElementTree as ElementTree
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Callable, Literal, NamedTuple, Optional, get_args, get_type_hints
+from typing import Annotated, Callable, Literal, NamedTuple, get_args, get_type_hints
 
 import filelock
 import gymnasium as gym
@@ -67,8 +65,7 @@ import pooch
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
-from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
+from gymnasium.envs.mujoco import MujocoEnv, ant_v5
 from tqdm import tqdm
 
 # ==== 1. Flags ====
@@ -109,7 +106,7 @@ class Args:
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
     proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
-    offline_ratio: Optional[Share] = None  # dataset's share of batches (ours; None: uniform)
+    offline_ratio: Share | None = None  # dataset's share of batches (ours; None: uniform)
     # -- evaluation --
     eval_every: Count = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: Count = 10  # episodes per evaluation; more = less noise, slower
@@ -121,7 +118,7 @@ class Args:
     log_every: Count = 1000  # steps per row of metrics, a mean; more = shorter files
     checkpoint_minutes: Amount = 5.0  # minutes between checkpoints; more = more lost by a kill
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn; auto: cuda if found
-    compile: bool = False  # torch.compile the updates: a minute at start, a quarter faster on a GPU
+    compile: bool = False  # torch.compile: a minute at start, a quarter faster on a GPU
     plot: tuple[str, ...] = ()  # folders: draw these runs, or all in them, and train nothing
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
     video: str = ""  # a .gif: at the end film the policy beside what --explore does
@@ -231,7 +228,7 @@ def kl_to_standard_normal(mean: torch.Tensor, log_var: torch.Tensor) -> torch.Te
 @torch.no_grad()
 def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
     """θ̂ ← (1 − τ)·θ̂ + τ·θ, in place."""
-    # One launch for all weights; in a loop of lerp_ each would be a launch of its own.
+    # One launch for all weights, where a loop of lerp_ has one for each.
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
@@ -255,7 +252,7 @@ def optimistic_action(  # new in O3F
     best = score.argmax(1)  # new in O3F: a_t
     rows = torch.arange(B, device=action.device)
     # Optimism: the chosen candidate's mean Q, less the mean over all candidates, which is what
-    # --explore noise gets in expectation. So this is what the choice claims to gain.
+    # --explore noise gets in expectation: what the choice claims to gain.
     return candidates[rows, best], q_mean[rows, best] - q_mean.mean(1)
 
 
@@ -292,10 +289,10 @@ class Base(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
         self.args, self.sizes = args, (obs_dim, act_dim)
-        # What a base remembers has to be a buffer or a parameter: those are saved with it.
+        # What a base remembers is a buffer or a parameter: those are saved with it.
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        # Told by main, not saved: whether this is the online phase, and which share of it is over.
+        # Told by main, not saved: is this the online phase, and which share of it is over?
         self.online = False
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64), persistent=False)
 
@@ -332,18 +329,14 @@ class Base(nn.Module):
 
     def critic_metrics(self, q: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """For every base's log: q (m, B) of a batch, and its loss, summed over critics."""
-        q = q.detach()
-        return {
-            "losses/qf": loss.detach() / self.args.num_critics,  # a mean over critics
-            "q_mean": q.mean(),
-            "q_std": q.std(0, correction=0).mean(),
-        }
+        q, loss = q.detach(), loss.detach() / len(q)  # now a mean over critics
+        return {"losses/qf": loss, "q_mean": q.mean(), "q_std": q.std(0, correction=0).mean()}
 
 
 @dataclass
 class WeightedArgs(Args):
     beta: Amount = 3.0  # β, IQL Eq. 7 (3, ant maze 10, kitchen 0.5, AWAC 1); 0 clones, more = picky
-    online_beta: Optional[Amount] = None  # β online (Fig. 3, AWAC: 10); None: unchanged
+    online_beta: Amount | None = None  # β online (Fig. 3, AWAC: 10); None: unchanged
     anneal: Literal["step", "linear"] = "step"  # β, κ get there at once, or over the online phase
     exp_adv_max: Amount = 100.0  # limit of the weights exp(β·A) (100); more = single rows may rule
     normalise_adv: bool = False  # A / its std (ours; paper no), for any reward scale
@@ -352,7 +345,7 @@ class WeightedArgs(Args):
 
 
 class Weighted(Base):
-    """Critics, and an actor that imitates the data's better actions: what IQL and AWAC share."""
+    """What IQL and AWAC share: an actor that imitates the data's better actions."""
 
     Actor = GaussianActor
 
@@ -369,8 +362,8 @@ class Weighted(Base):
             metrics = self.step(self.standardised(batch))
         return metrics
 
-    def at_present(self, offline: float, online: Optional[float]):
-        """β or κ: O3F's Fig. 3, the experiment that motivates it, has another objective online."""
+    def at_present(self, offline: float, online: float | None):
+        """β or κ: O3F's Fig. 3, which motivates it, has another objective online."""
         if not self.online or online is None:
             return offline
         share = self.progress if self.args.anneal == "linear" else 1.0
@@ -385,14 +378,10 @@ class Weighted(Base):
         weight = advantage_weights(adv, beta, args.exp_adv_max)  # (B,)
         mean, log_std = self.actor.train()(obs)  # dropout is on here and nowhere else
         loss = (weight * gaussian_nll(actions, mean, log_std)).mean()
-        weight_mean = weight.mean()
-        return loss, {
-            "losses/actor": loss.detach(),
-            "adv_weight": weight_mean,
-            # Effective sample size: 1, all rows count alike; 1/B, one row rules.
-            "adv_weight_ess": weight_mean**2 / ((weight**2).mean() + 1e-12),
-            "policy_std": log_std.detach().exp().mean(),
-        }
+        # Effective sample size: 1, all rows count alike; 1/B, one row rules.
+        ess = weight.mean() ** 2 / ((weight**2).mean() + 1e-12)
+        metrics = {"losses/actor": loss.detach(), "adv_weight": weight.mean()}
+        return loss, metrics | {"adv_weight_ess": ess, "policy_std": log_std.detach().exp().mean()}
 
     def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
         action, log_std = self.actor.eval()(obs)
@@ -405,11 +394,11 @@ class Weighted(Base):
 @dataclass
 class IQLArgs(WeightedArgs):
     expectile: Share = 0.7  # κ of Eq. 5 (0.7, ant maze 0.9); more = V nearer the best Q
-    online_expectile: Optional[Share] = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
+    online_expectile: Share | None = None  # κ online (O3F's Fig. 3: 0.85); None: unchanged
 
 
 class IQL(Weighted):
-    """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics instead of two."""
+    """Implicit Q-learning (Kostrikov et al., arXiv 2110.06169), with m critics."""
 
     Flags = IQLArgs
 
@@ -434,7 +423,6 @@ class IQL(Weighted):
             # No max over a', but V(s'): no action outside of the data is asked about.
             target = td_target(rewards, ends, next_v, self.args.gamma)
         actor_loss, metrics = self.imitate(obs, actions, target_q - v)
-        # Critics: every one regresses on the same r + γ(1 − d)·V(s') (Eq. 6).
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
         # The two share no parameter: one backward pass gives each network its own gradient.
@@ -487,7 +475,7 @@ class LAPOArgs(Args):
     doubleq_min: Share = 1.0  # λ, weight of the minimum (ant maze 0.7, else 1); more = cautious
     # limits of V's targets, from rewards seen: r/(1 - gamma), or r itself where it is paid once
     value_clamp: Literal["discounted", "once"] = "discounted"
-    latent_dim: Optional[Count] = None  # size of z (paper, None: 2·|A|); more = finer actions
+    latent_dim: Count | None = None  # size of z (paper, None: 2·|A|); more = finer actions
     max_latent: Amount = 2.0  # limit of |z_i| (paper 2); more = rarer actions
     latent_noise: Amount = 0.1  # std on z, cut at 2 std (paper 0.1); more = smoother V
     kl_weight: Amount = 1.0  # of the CVAE's KL (paper 1); more = z says less
@@ -500,8 +488,7 @@ class LAPO(Base):
     # A conditional VAE, encoder (s, a) → z, decoder (s, z) → a, prior z ~ N(0, I), learns to
     # reproduce the data's actions, above all those that beat V. The policy chooses z, |z_i| ≤ 2,
     # and the decoder turns it into an action: where the prior has its mass, one like the data's.
-    # Networks see standardised states and actions; policy and q_values speak the environment's
-    # units, so that σ means the same for every base.
+    # Networks see standardised actions, too; policy and q_values speak the environment's units.
     Flags = LAPOArgs
 
     def __init__(self, args: LAPOArgs, obs_dim: int, act_dim: int):
@@ -549,7 +536,7 @@ class LAPO(Base):
         return decoder(torch.cat([obs, z], -1))
 
     def target_q(self, obs, actions, members: torch.Tensor) -> torch.Tensor:
-        """Qmix of the slow critics whose numbers are in members (k,), at k/m of the cost: (B,)."""
+        """Qmix of the slow critics with numbers members (k,), at k/m of the cost: (B,)."""
         x = torch.cat([obs, actions], -1).expand(len(members), -1, -1)
         net = self.qf_target.net
         chosen = {name: weight[members] for name, weight in net.named_parameters()}
@@ -611,15 +598,10 @@ class LAPO(Base):
         cvae_loss = (weight * (error + args.kl_weight * kl)).mean()
         # --- Policy: maximise mean_j Q_j(s, Dec⁻(s, π_z(s))); ours: its release takes Q₁ alone ---
         actor_loss = -self.qf(obs, self.decode(obs, self.actor, self.decoder_target)).mean()
-        # It runs through the critics, which do not learn from it.
         learners = nn.ModuleList([self.encoder, self.decoder, self.actor])
         self.descend(cvae_loss + actor_loss, learners.parameters())
-        return {
-            "losses/cvae": cvae_loss.detach(),
-            "losses/actor": actor_loss.detach(),
-            "adv": adv.mean(),
-            "kl": kl.detach().mean(),
-        }
+        metrics = {"losses/cvae": cvae_loss.detach(), "losses/actor": actor_loss.detach()}
+        return metrics | {"adv": adv.mean(), "kl": kl.detach().mean()}
 
     def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
         noise = None
@@ -722,20 +704,18 @@ BASES = {"iql": IQL, "lapo": LAPO, "awac": AWAC, "so2": SO2}
 
 # ==== 6. Replay buffer, and both phases ====
 class ReplayBuffer:
-    """The dataset, then the online transitions, on the agent's device."""
+    """The dataset, then the online transitions, in one tensor: a batch is one gather."""
 
-    # One float32 tensor of O, A, 1, O, 1 columns: a batch is one gather.
     def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         self.num_offline = self.filled = n = len(data["rewards"])
-        self.size = torch.tensor(n, device=device)  # of rows: in memory, where `recorded` reads it
-        self.widths = [data[name][0].size for name in Batch._fields]
-        # numpy's: where memory is short, its error says of what.
+        self.size = torch.tensor(n, device=device)  # of rows, where `recorded` reads it
+        self.widths = [column[0].size for column in Batch(**data)]
         rows = np.zeros((n + online_steps, sum(self.widths)), np.float32)
-        rows[:n] = np.concatenate([data[name].reshape(n, -1) for name in Batch._fields], 1)
+        rows[:n] = np.column_stack(Batch(**data))
         self.rows = torch.from_numpy(rows).to(device)
 
     def add(self, obs, action, reward: float, next_obs, end: bool) -> None:
-        """Append one transition, its reward as the agent is to see it. Raises: UserError (§7)."""
+        """Append one transition, its reward as the agent is to see it. Raises: UserError."""
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
         if not np.isfinite(row).all():
             raise UserError("the environment gave NaN or inf; --load an earlier agent")
@@ -743,7 +723,7 @@ class ReplayBuffer:
         self.filled += 1
         self.size.fill_(self.filled)
 
-    def sample(self, batch_size: int, batches: int = 1, offline_ratio: Optional[float] = None):
+    def sample(self, batch_size: int, batches: int = 1, offline_ratio: float | None = None):
         """A list of batches, uniform over all rows, or with this share from the dataset's."""
         draws = torch.randint(2**62, (batches, batch_size), device=self.rows.device)
         index = draws % self.size
@@ -756,14 +736,13 @@ class ReplayBuffer:
 
 
 def main(args: Args) -> dict:
-    """Pretrain, fine-tune, evaluate -> the run's folder and scores by step. Raises: UserError."""
+    """Pretrain, fine-tune, evaluate -> the run's folder, scores by step. Raises: UserError."""
     args, device, saved = prepare(args)  # saved: a stopped run, an agent to load, or None
     task = get_task(args.env_id)
     # Independent streams: to evaluate more often, say, changes nothing in training.
     explore_seed, env_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
-
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id), stats_key="o3f")
     data, reward_rule = load_dataset(args, task, env, saved)  # which r and d to learn from
     agent = make_agent(args, data, saved, device)
@@ -807,20 +786,19 @@ def main(args: Args) -> dict:
 
 
 # ==== 7. Tasks and environments ====
-# The algorithm is over. From here on: what feeds it, and keeps what comes of it.
 class UserError(ValueError):
     """Something that the user can put right: printed as one line, exit code 2."""
 
 
 @contextlib.contextmanager
-def explain(hint: str, say: Optional[Callable] = None):
-    """An exception of the body becomes a UserError that starts with hint, or goes to `say`."""
+def explain(hint: str, say: Callable | None = None):
+    """An exception becomes a UserError that starts with hint, or goes to `say`."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = f"{hint}: {str(error) or type(error).__name__}"
+        if say is None and isinstance(error, UserError):
+            raise  # it is a line already
         if say is None:
             raise UserError(reason) from error
         say(reason)  # a warning, or one of several failures
@@ -828,12 +806,12 @@ def explain(hint: str, say: Optional[Callable] = None):
 
 class Task(NamedTuple):
     family: str  # locomotion, kitchen, antmaze or other
-    gym_id: str = ""  # for gymnasium.make; empty where this file has the environment
+    gym_id: str = ""  # empty where this file has the environment
     low: float = 0.0  # return that scores 0 (d4rl's infos.py)
     high: float = 100.0  # that scores 100; without a range the score is the return
     targets: tuple[str, ...] = ()  # sub-tasks of a kitchen that pay
 
-    def score(self, returns):  # D4RL's normalised score of undiscounted raw rewards
+    def score(self, returns):  # D4RL's, of undiscounted raw rewards
         return 100.0 * (returns - self.low) / (self.high - self.low)
 
 
@@ -845,12 +823,12 @@ ROBOTS = {  # -v4: v5 changed Walker2d's foot friction, and the healthy reward o
 SLIDE = Task("kitchen", "", 0.0, 4.0, ("microwave", "kettle", "light switch", "slide cabinet"))
 MIXED = SLIDE._replace(targets=("microwave", "kettle", "bottom burner", "light switch"))
 TASKS = {"kitchen-complete-v0": SLIDE, "kitchen-partial-v0": SLIDE, "kitchen-mixed-v0": MIXED}
-for version in ("v1", "v2"):  # not v0: those files lack time limits, or are out of step with them
+for version in ("v1", "v2"):  # v0 lacks time limits, or has wrong ones
     for level in "random medium medium-replay medium-expert full-replay expert".split():
         TASKS |= {f"{robot}-{level}-{version}": task for robot, task in ROBOTS.items()}
     for maze in "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split():
         TASKS[f"antmaze-{maze}-{version}"] = Task("antmaze", "", 0.0, 1.0)
-# The papers' values where they differ from Args, or ours, as measured: the narrower key wins.
+# The papers' values where they differ from Args, or ours, measured: the narrower key wins.
 PRESETS = {
     "antmaze": dict(sigma=0.05),
     "kitchen": dict(sigma=0.05),
@@ -884,15 +862,14 @@ def get_task(env_id: str) -> Task:
 def preset(env_id: str, base: str, **flags) -> Args:
     """The papers' values for a task and a base, and the flags that are given."""
     family, values = get_task(env_id).family, {}
-    for key in (base, family, f"{base}/{family}"):  # the narrower later
+    for key in (base, family, f"{base}/{family}"):
         values |= PRESETS.get(key, {})
     return BASES[base].Flags(env_id, base, **(values | flags))
 
 
-def d4rl_dir() -> Path:  # d4rl as a folder: to import it takes the MuJoCo of 2021
-    spec = importlib.util.find_spec("d4rl")  # found without running it
+def d4rl_dir() -> Path:  # to import d4rl takes the MuJoCo of 2021
     with explain("package d4rl is missing: pip install --no-deps d4rl==1.1"):
-        return Path(spec.submodule_search_locations[0])
+        return Path(importlib.util.find_spec("d4rl").submodule_search_locations[0])
 
 
 def make_env(env_id: str, **kwargs) -> gym.Env:
@@ -916,7 +893,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         wrong = f"actions are {box}, give each a finite low and a finite, larger high"
     if wrong:
         raise UserError(f"--env-id {env_id}: {wrong}")
-    # Rounding may leave the box by a bit; and some environments go on using what they returned.
+    # Rounding may leave the box by a bit; some environments reuse what they returned.
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, box.low, box.high), box)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
@@ -927,7 +904,8 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
 
 
 class D4RLEnv(MujocoEnv):  # what kitchen and ant maze share
-    metadata = {"render_modes": AntEnv.metadata["render_modes"]}  # gymnasium asks for its own list
+    # gymnasium asks for its own list.
+    metadata = {"render_modes": ant_v5.AntEnv.metadata["render_modes"]}
 
     def __init__(self, model: mujoco.MjModel, frame_skip: int, obs_dim: int, view: dict, **kwargs):
         self.model = model
@@ -936,22 +914,20 @@ class D4RLEnv(MujocoEnv):  # what kitchen and ant maze share
         super().__init__(str(Path(__file__).resolve()), frame_skip, space, **kwargs)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (model.nu,), np.float32)
 
-    def _initialize_simulation(self):  # gymnasium's hook: it would read a model from a file
-        vis = self.model.vis  # the size of a picture; a kitchen's shadows took it a second
+    def _initialize_simulation(self):  # gymnasium's hook
+        vis = self.model.vis  # a kitchen's shadows took a second a picture
         vis.global_.offwidth, vis.global_.offheight = self.width, self.height
         vis.quality.offsamples, vis.quality.shadowsize = 4, 0
         return self.model, mujoco.MjData(self.model)
 
     def reset_model(self) -> np.ndarray:  # all draws come from self.np_random
         qpos, qvel = self.start()
-        self.data.qpos[:] = qpos
-        self.data.qvel[:] = qvel
-        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # MuJoCo 2 did so by itself
-        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_normalizeQuat(self.model, qpos)  # MuJoCo 2 did so by itself
+        self.set_state(qpos, qvel)
         return self.observe()
 
 
-KITCHEN_GOALS = {  # where an observation has the object, and where it must be
+KITCHEN_GOALS = {  # object: where in an observation, and its goal
     "bottom burner": ([11, 12], [-0.88, -0.01]),
     "light switch": ([17, 18], [-0.69, -0.05]),
     "slide cabinet": ([19], [0.37]),
@@ -961,19 +937,18 @@ KITCHEN_GOALS = {  # where an observation has the object, and where it must be
 
 
 def kitchen_done(obs: np.ndarray, targets: tuple) -> np.ndarray:
-    done = []  # which sub-tasks' objects are near their goals: (..., ≥ 30) -> (..., k)
+    done = []  # near their goals: (..., ≥ 30) -> (..., k)
     for target in targets:
         index, goal = KITCHEN_GOALS[target]
         done.append(np.linalg.norm(obs[..., index] - goal, axis=-1) < 0.3)
     return np.stack(done, -1)
 
 
-@functools.lru_cache(1)  # 1.3 s, once for all environments: stepping only reads it
+@functools.lru_cache(1)  # 1.3 s, once for all environments
 def kitchen_model() -> mujoco.MjModel:
     scene = d4rl_dir() / "kitchen/adept_envs/franka/assets/franka_kitchen_jntpos_act_ab.xml"
     kettle = "../../../adept_models/kitchen/assets/kettle_asset.xml"
-    # MuJoCo since 3.2 wants a named default class to have a parent: an unnamed one
-    # gives it, in memory, and changes nothing else.
+    # MuJoCo since 3.2 wants a named default class to have a parent: here an unnamed one.
     text = (scene.parent / kettle).read_text()
     text = text.replace('<default class="kettle">', '<default><default class="kettle">')
     text = text.replace("</mujocoinclude>", "</default></mujocoinclude>")
@@ -987,16 +962,15 @@ class KitchenEnv(D4RLEnv):
     # action (9,): ±1 is ±2 rad/s (fingers m/s), held for 0.08 s.
     # reward: 1 for each sub-task, when first satisfied; terminated once all are.
     def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, **kwargs):
-        # The camera in m and degrees: D4RL's view.
         view = dict(lookat=np.array([-0.2, 0.5, 2.0]), distance=2.2, azimuth=70, elevation=-35)
         super().__init__(kitchen_model(), 40, 60, view, **kwargs)  # 40 steps of 2 ms
         self.targets, self.noise_ratio = targets, noise_ratio  # 0.1 is D4RL's
         folder = d4rl_dir() / "kitchen/adept_envs/franka"
-        code = (folder / "kitchen_multitask_v0.py").read_text()  # has the pose at reset as numbers
+        code = (folder / "kitchen_multitask_v0.py").read_text()
         self.pose = re.search(r"init_qpos = np.array\(\[(.*?)\]", code, re.DOTALL)[1].split(",")
-        joints = ElementTree.parse(folder / "robot/franka_config.xml").getroot()[:30]
-        self.bounds = np.array([x.get("pos_bound").split() for x in joints], float).T  # (2, 30)
-        self.noise_amp = np.array([x.get("pos_noise_amp") for x in joints], float)
+        joints = (folder / "robot/franka_config.xml").read_text()
+        self.bounds = np.loadtxt(re.findall("pos_bound='(.*?)'", joints)[:9]).T  # (2, 9)
+        self.noise_amp = np.array(re.findall("pos_noise_amp='(.*?)'", joints)[:30], float)
         self.goal = np.zeros(30)
         for target in targets:
             index, goal = KITCHEN_GOALS[target]
@@ -1004,23 +978,22 @@ class KitchenEnv(D4RLEnv):
 
     def start(self):
         self.done = np.zeros(len(self.targets), bool)
-        return np.array(self.pose, float), 0.0  # D4RL does not clip it to the bounds
+        return np.array(self.pose, float), np.zeros(self.model.nv)  # not clipped, as in D4RL
 
     def observe(self) -> np.ndarray:
-        noise = self.np_random.uniform(-1.0, 1.0, 30)  # drawn at every look, as in D4RL
+        noise = self.np_random.uniform(-1.0, 1.0, 30)  # at every look
         self.seen = self.data.qpos + self.noise_ratio * self.noise_amp * noise
         return np.concatenate([self.seen, self.goal])
 
     def step(self, action: np.ndarray):
         # The arm steers from its joints as last *seen*, noise included: D4RL's rule.
         ctrl = self.seen[:9] + 2.0 * np.clip(action, -1.0, 1.0) * 0.08
-        self.data.ctrl[:] = ctrl.clip(*self.bounds[:, :9])
+        self.data.ctrl[:] = ctrl.clip(*self.bounds)
         mujoco.mj_step(self.model, self.data, self.frame_skip)
         obs = self.observe()
         new = kitchen_done(obs, self.targets) & ~self.done  # each is paid once
-        self.done |= new  # once done, always done
-        info = {"completed": self.done.copy()}
-        return obs, float(new.sum()), bool(self.done.all()), False, info
+        self.done |= new
+        return obs, float(new.sum()), bool(self.done.all()), False, {"completed": self.done.copy()}
 
 
 MAZES = {  # d4rl's *_MAZE_TEST; a cell is 4 m wide, the start S is at (0, 0)
@@ -1047,7 +1020,7 @@ class AntMazeEnv(D4RLEnv):
             spec.worldbody.add_geom(pos=[column, row, 1], **wall)
         # For films. Compiled at 0, MuJoCo would take it for fixed.
         spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3)
-        y, x = 2.0 * np.array(cells.shape) - 2.0 - 4.0 * start  # the middle, seen from above
+        y, x = 2.0 * np.array(cells.shape) - 2.0 - 4.0 * start  # the middle
         view = dict(lookat=np.array([x, y, 0.0]), azimuth=90, elevation=-80)
         super().__init__(spec.compile(), 5, 29, view | dict(distance=5.5 * len(cells)), **kwargs)
         self.goal = None
@@ -1068,24 +1041,23 @@ class AntMazeEnv(D4RLEnv):
     def step(self, action: np.ndarray):
         low, high = self.model.actuator_ctrlrange.T
         self.data.ctrl[:] = low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (high - low)
-        mujoco.mj_step(self.model, self.data, self.frame_skip)  # 5 steps of 20 ms
+        mujoco.mj_step(self.model, self.data, self.frame_skip)
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
         return self.observe(), float(reached), reached, False, {}
 
 
 # ==== 8. Data ====
-COLUMNS = "observations actions rewards terminals timeouts".split()  # of D4RL's files
+COLUMNS = "observations actions rewards terminals timeouts".split()
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 
 def find_file(args: Args) -> Path:
-    """--dataset, else D4RL's cache, else collected (*-random-v2), else downloaded."""
+    """--dataset, else D4RL's cache, else collected, else downloaded."""
     if args.dataset not in ("", "random"):
         return Path(args.dataset)
-    # d4rl's own folder and names: its downloads are found.
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
     name = re.sub("[/:]", "-", args.env_id)
-    official = cache / f"{name.replace('-', '_', name.count('-') - 1)}.hdf5"  # hopper_medium-v2
+    official = cache / f"{name.replace('-', '_', name.count('-') - 1)}.hdf5"
     if args.dataset == "" and official.is_file():
         return official
     if args.dataset == "random" or name.endswith("-random-v2"):
@@ -1101,16 +1073,13 @@ def download(env_id: str, cache: Path) -> Path:
     """D4RL's file, from its server or a mirror, whole or not at all."""
     table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
     ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has v1, the table not
-    urls = re.findall(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)
-    url = table.get(env_id, *urls[:1])
-    if url is None:
-        raise UserError(f"d4rl knows no file of {env_id}: --dataset FILE")
+    url = table.get(env_id) or re.search(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
     path, failures = cache / Path(url).name, []
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
     for source in (url, f"{MIRROR}/{path.name}"):
         with explain(source, failures.append):
-            pooch.retrieve(source, None, path.name, cache, downloader=fetch)  # if it is not there
-            read_hdf5(path)
+            pooch.retrieve(source, None, path.name, cache, downloader=fetch)
+            h5py.File(path).close()
             return path
         path.unlink(missing_ok=True)  # an error page, say
     way = "--dataset FILE or --dataset random"
@@ -1120,7 +1089,7 @@ def download(env_id: str, cache: Path) -> Path:
 
 
 def uniform_rows(env_id: str):
-    """Yields rows in the order of COLUMNS, of uniform actions: D4RL's recipe for *-random files."""
+    """Rows in the order of COLUMNS, of uniform actions: D4RL's recipe for *-random files."""
     env = make_env(env_id)
     env.action_space.seed(0)  # the same rows when made again
     obs, _ = env.reset(seed=0)
@@ -1134,31 +1103,31 @@ def uniform_rows(env_id: str):
 
 
 def collect_random(env_id: str, size: int, path: Path) -> None:
-    """Write that many uniform rows, unless the file is there and the environment still the same."""
+    """Write so many uniform rows, unless they are there and the environment is the same."""
 
-    def collect(n: int, show=False) -> list[np.ndarray]:
-        rows = itertools.islice(uniform_rows(env_id), n)
-        rows = tqdm(rows, f"collecting {env_id}", n, disable=not show)
-        return [np.array(column, np.float32) for column in zip(*rows)]
+    def collect(steps) -> list[np.ndarray]:
+        columns = zip(*(row for _, row in zip(steps, uniform_rows(env_id))))
+        return [np.array(column, np.float32) for column in columns]
 
     if path.is_file():
-        first, file = collect(min(size, 50)), read_hdf5(path)
-        same = all(np.array_equal(x, file[name][: len(x)]) for name, x in zip(COLUMNS, first))
-        if same or not all(map(np.array_equal, first, collect(min(size, 50)))):
+        few, file = range(min(size, 50)), read_hdf5(path)
+        first = collect(few)
+        same = all(np.array_equal(x, file[name][few]) for name, x in zip(COLUMNS, first))
+        if same or not all(map(np.array_equal, first, collect(few))):
             return  # or it draws what no seed decides
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a kill leaves no half file
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
-        for name, column in zip(COLUMNS, collect(size, show=True)):
+        for name, column in zip(COLUMNS, collect(tqdm(range(size), f"collecting {env_id}"))):
             file[name] = column
-    part.replace(path)  # a rename is whole or not at all
+    part.replace(path)
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file in D4RL's layout; gymnasium's word for timeouts is taken too."""
+    """The columns of a file in D4RL's layout, or with truncations for timeouts."""
     with explain(f"{path}: no whole HDF5 file in D4RL's layout"), h5py.File(path) as file:
-        columns = {name: file[name][...] for name in COLUMNS[:4]}  # h5py says which is missing
+        columns = {name: file[name][...] for name in COLUMNS[:4]}
         for name in ("truncations", "timeouts", "next_observations"):
             if name in file:
                 columns[name.replace("truncations", "timeouts")] = file[name][...]
@@ -1166,7 +1135,7 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray]:
-    """A Minari dataset's columns as D4RL has them: flat observations, actions in the ±1 box."""
+    """A Minari dataset's columns as D4RL has them: flat, actions in the ±1 box."""
     with explain(f'--dataset {name}: needs pip install "minari[hdf5,hf]" and an ID it knows'):
         dataset = importlib.import_module("minari").load_dataset(name[7:], download=True)
     rows, box = [], dataset.action_space
@@ -1175,11 +1144,11 @@ def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray
             raise ValueError(f"its actions are in {box}")
         for episode in dataset.iterate_episodes():
             obs, rewards = episode.observations, episode.rewards
-            if targets:  # (T + 1, 59): 9 + 9 of the robot, 21 + 20 of objects, joints + velocities
+            if targets:  # (T + 1, 59): robot 9 + 9, objects 21 + 20
                 state = obs["observation"]
                 goal = np.broadcast_to(env.unwrapped.goal, (len(state), 30))
                 obs = np.concatenate([state[:, :9], state[:, 18:39], goal], 1)
-                rewards = kitchen_done(obs[:-1], targets).sum(1)  # as in D4RL's files
+                rewards = kitchen_done(obs[:-1], targets).sum(1)
             actions = 2.0 * (episode.actions - box.low) / (box.high - box.low) - 1.0
             ends, timeouts = episode.terminations, episode.truncations.copy()
             timeouts[-1] = not ends[-1]
@@ -1212,7 +1181,7 @@ def check_columns(columns: dict, env: gym.Env) -> None:
 def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
     """Make terminals true ends, and timeouts all others; limit: an episode's steps."""
     ends = columns["terminals"]
-    if demonstrations:  # a kitchen's last rows are called terminal, solved or not: a time limit
+    if demonstrations:  # a kitchen's last rows are terminal, solved or not
         columns["timeouts"] = ends | columns.get("timeouts", False)
         columns["terminals"] = ends = np.zeros_like(ends)
     if "timeouts" not in columns:
@@ -1220,31 +1189,29 @@ def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
         starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
         columns["timeouts"] = (rows - starts) % limit == limit - 1
         print(f"data: there are no timeouts, so a time limit is taken every {limit} steps")
-    columns["timeouts"] &= ~ends  # an end in the step of the limit is a true one
+    columns["timeouts"] &= ~ends
 
 
 def to_transitions(columns: dict) -> dict[str, np.ndarray]:  # d4rl.qlearning_dataset
-    # s' is the next row's observation, if the file gives none: a row at a time limit goes, and so
-    # does the last one. After a terminal it is another episode's, but 1 − d = 0 takes it out.
-    obs, actions, rewards, ends, timeouts = (columns[name] for name in COLUMNS)
-    keep = ~timeouts
-    keep[-1] = ends[-1]
-    next_obs = columns.get("next_observations", np.roll(obs, -1, 0))
-    rows = (column[keep] for column in (obs, actions, rewards, next_obs, ends))
-    return dict(zip(Batch._fields, rows))
+    # s' is the next row's observation: a row at a time limit goes, and so does the last one.
+    # After a terminal it is another episode's, but 1 − d = 0 takes it out.
+    columns = {"next_observations": np.roll(columns["observations"], -1, 0)} | columns
+    columns["terminations"] = columns["terminals"]
+    keep = ~columns["timeouts"]
+    keep[-1] = columns["terminals"][-1]
+    return {name: columns[name][keep] for name in Batch._fields}
 
 
 class RewardRule(NamedTuple):
-    """The reward and the true end to learn from: one rule for file and online steps."""
+    """The reward and the true end to learn from, in the file and online."""
 
-    scale: float  # r ← scale·r + shift
-    shift: float  # both: --reward-transform with the dataset's constants
+    scale: float  # r ← scale·r + shift: --reward-transform
+    shift: float
     targets: tuple[str, ...]  # a kitchen's, with --kitchen-rewards consistent
 
-    def __call__(self, obs, rewards, next_obs, ends):  # rows, or one: -> rewards, ends
-        # A kitchen's file pays the number of satisfied sub-tasks in every row, the
-        # environment each once: two reward functions, not to meet in one buffer.
-        # satisfied(s) − 4 ≤ 0, so finishing is worth most; the end is all four at s'.
+    def __call__(self, obs, rewards, next_obs, ends):
+        # A kitchen's file pays the number of satisfied sub-tasks in every row, the environment
+        # each once. One rule for both: satisfied(s) − 4 ≤ 0, so finishing is worth most.
         if self.targets:
             rewards = kitchen_done(obs, self.targets).sum(-1) - float(len(self.targets))
             ends = kitchen_done(next_obs, self.targets).all(-1)
@@ -1252,20 +1219,20 @@ class RewardRule(NamedTuple):
 
 
 def scale_and_shift(transform: str, rewards, returns) -> tuple[float, float]:
-    """rewards (n,): those to be transformed; returns (episodes,): of the file's raw rewards."""
+    """rewards (n,): to be transformed; returns (episodes,): of the file's raw rewards."""
     if transform == "return_range":
         if np.ptp(returns) == 0:
             raise UserError("all episodes return the same: use --reward-transform none")
         return float(1000.0 / np.ptp(returns)), 0.0
     if transform == "max":
         largest, peak = rewards.max(), np.abs(rewards).max()
-        if largest < 0.01 * peak:  # a kitchen's satisfied − 4 ≤ 0, say: the sign would turn
+        if largest < 0.01 * peak:  # a kitchen's are ≤ 0: the sign would turn
             largest = peak
         return float(1.0 / (largest or 1.0)), 0.0
     return {"none": (1.0, 0.0), "minus_one": (1.0, -1.0), "x100": (100.0, 0.0)}[transform]
 
 
-def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict]):
+def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
     """Find, check, convert -> transitions (keys of Batch), RewardRule."""
     targets = task.targets if args.kitchen_rewards == "consistent" else ()
     if args.dataset.startswith("minari:"):
@@ -1282,23 +1249,22 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict]):
     data = to_transitions(columns)
     if len(data["rewards"]) == 0:
         raise UserError(f"{where}: no row has a successor, each is a time limit or the last")
-    over = columns["terminals"] | columns["timeouts"]  # last rows of episodes
+    over = columns["terminals"] | columns["timeouts"]
     starts = np.flatnonzero(np.append(True, over[:-1]))
     longest = np.diff(starts, append=len(over)).max()
     if longest > limit and not targets:
         print(f"data: an episode has {longest} rows, the limit is {limit}: are timeouts missing?")
-    returns = np.add.reduceat(columns["rewards"], starts, dtype=np.float64)  # one per episode
+    returns = np.add.reduceat(columns["rewards"], starts, dtype=np.float64)
     obs, actions, rewards, next_obs, ends = data.values()
     rewards, ends = RewardRule(1.0, 0.0, targets)(obs, rewards, next_obs, ends)
     scale, shift = scale_and_shift(args.reward_transform, rewards, returns)
-    if saved:  # its critics are in that rule's units, whatever the data
+    if saved:  # its critics are in that rule's units
         scale, shift = saved["rule"]
     data["rewards"] = (scale * rewards + shift).astype(np.float32)
     data["terminations"] = ends.astype(np.float32)
     if args.base in ("iql", "awac"):  # as in IQL's authors' code
         data["actions"] = actions.clip(-1 + 1e-5, 1 - 1e-5)
 
-    # Two lines to read before hours are spent.
     size = f"{len(over):,} rows, {len(returns):,} episodes, {ends.sum():.0f} true ends"
     print(f"data: {where}, {size}, returns {returns.min():.1f} to {returns.max():.1f}")
     line = f"rewards: trained on {scale:.4g}·r{shift:+g}"
@@ -1313,8 +1279,8 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: Optional[dict]):
 
 # ==== 9. Evaluation ====
 def kendall_tau(x, y, window: int = 10) -> np.ndarray:
-    """Kendall's τ of x and y (T,) in every window of ten steps, (T − 9,); SO2's diagnostic."""
-    # τ = (pairs that x and y order alike − pairs they order oppositely) / all pairs; ties add 0.
+    """Kendall's τ of x and y (T,) in every window: do the critics know good steps?"""
+    # (pairs that x and y order alike − pairs they order oppositely) / all pairs; ties add 0.
     if len(x) < window:
         return np.zeros(0)
     i, j = np.triu_indices(window, 1)  # 45 pairs
@@ -1328,29 +1294,31 @@ def evaluate(agent: Base, rule, task: Task, args: Args, seed: int, envs: list) -
     # From the same seeds always: a change of the score is the policy's, not the draw's.
     n, device = len(envs), agent.obs_mean.device
     generator = torch.Generator(device).manual_seed(seed)
-    explore = {"policy": "policy", "explore": args.explore}[args.eval_action]
-    args = replace(args, explore=explore, proposal="mean")  # no sample of the policy
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
-    returns, lengths, running, ended = np.zeros(n), np.zeros(n, int), np.ones(n, bool), [False] * n
+    args = replace(args, proposal="mean")
+    if args.eval_action == "policy":
+        args = replace(args, explore="policy")
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, lengths = np.zeros(n), np.zeros(n, int)
+    running, ended = np.ones(n, bool), np.zeros(n, bool)
     q, rewards = [], []  # by step, (n,) each; 0 after an episode's end
     while running.any():
         obs_tensor = torch.as_tensor(obs, device=device)
         actions, _ = explore_action(agent, obs_tensor, args, generator)
         q.append(agent.q_values(obs_tensor, actions).mean(0).cpu().numpy())
         rewards.append(np.zeros(n))
+        lengths += running
         for i in np.flatnonzero(running):
             next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i].cpu().numpy())
             rewards[-1][i], ended[i] = rule(obs[i], reward, next_obs, terminated)
             returns[i] += reward
-            lengths[i] += 1
             obs[i] = next_obs
             running[i] = not (terminated or truncated)
-    for t in reversed(range(len(rewards) - 1)):  # now the discounted return from each step on
+    for t in reversed(range(len(rewards) - 1)):  # discounted from each step on
         rewards[t] += args.gamma * rewards[t + 1]
-    # Where a limit cut an episode, more would have come. τ leaves out the steps for which that
-    # counts for more than 5 %: γ^k > 0.05, k steps before the end.
+    # Where a limit cut an episode, more would have come. τ leaves out the steps for which
+    # that counts for more than 5 %: γ^k > 0.05, k steps before the end.
     tail = int(np.log(0.05) / np.log(np.clip(args.gamma, 1e-6, 1 - 1e-6)))
-    kept = np.maximum(0, lengths - tail * ~np.array(ended))
+    kept = np.maximum(0, lengths - tail * ~ended)
     promised, came = np.transpose([q, rewards], (0, 2, 1))  # (n, T) each
     taus = np.concatenate([kendall_tau(x[:k], y[:k]) for x, y, k in zip(promised, came, kept)])
     scores = task.score(returns)
@@ -1359,21 +1327,20 @@ def evaluate(agent: Base, rule, task: Task, args: Args, seed: int, envs: list) -
         "eval/score_std": scores.std(),
         "eval/return": returns.mean(),
         "eval/length": lengths.mean(),
-        # What the critics promise at the start, and what came, in the reward trained on. While the
-        # promise still moves, they have not settled. IQL's aims higher, SO2's contains entropy.
+        # What the critics promise at the start, and what came, in the reward trained on. While
+        # the promise moves, they have not settled. IQL's aims higher, SO2's contains entropy.
         "eval/q_start": promised[:, 0].mean(),
         "eval/discounted_return": came[:, 0].mean(),
-        # Do the critics know good steps from bad? 1: always; 0: no, or all episodes are too short.
-        "eval/kendall_tau": taus.mean() if len(taus) else 0.0,
+        "eval/kendall_tau": taus.sum() / max(1, len(taus)),
     }
     if task.family in ("kitchen", "antmaze"):
-        results["eval/success"] = (scores >= 100.0).mean()  # all sub-tasks, or the goal
+        results["eval/success"] = (scores >= 100.0).mean()
     return results
 
 
 def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
-    """--video: an evaluation episode of the policy, and beside it one of --explore's actions."""
-    import imageio.v3 as imageio  # a part of gymnasium[mujoco]
+    """--video: an episode of the policy, and beside it one of --explore's actions."""
+    import imageio.v3 as imageio
 
     print(f"video: drawing {args.video}, which can take minutes")
     films = []
@@ -1382,16 +1349,16 @@ def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
         evaluate(agent, rule, task, replace(args, eval_action=shown), seed, [env])
         films.append(env.render()[::4])
         env.close()
-    for pictures in films:  # who is done first waits for the other
+    for pictures in films:  # the shorter one waits
         pictures += pictures[-1:] * (max(map(len, films)) - len(pictures))
     Path(args.video).parent.mkdir(parents=True, exist_ok=True)
-    pictures = [np.concatenate(pair, 1)[::2, ::2] for pair in zip(*films)]
+    pictures = np.concatenate(films, 2)[:, ::2, ::2]
     imageio.imwrite(args.video, pictures, duration=50, loop=0)  # ms a picture
     print(f"video: {len(pictures)} pictures, the policy's beside those of --explore {args.explore}")
 
 
 # ==== 10. Agents, the run's folder, the command line ====
-# What a saved agent and the run that loads it must agree in.
+# In which a saved agent and its new run must agree.
 IDENTITY = "env_id base kitchen_rewards reward_transform gamma layer_norm standardise"
 # In which the runs of one curve may differ.
 OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_minutes"
@@ -1400,64 +1367,62 @@ OWN += " versions pretraining eval_every explore"
 
 def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: float) -> None:
     """Mean and std of the rows of x, in place; a std below `least` becomes 1."""
-    # A constant (a kitchen's goal) or a joint that hardly moves is only centred: divided by its
-    # std, the noise of its sensor would be the loudest input of all.
+    # A constant (a kitchen's goal) or a joint that hardly moves is only centred: divided by
+    # its std, its noise would be the loudest input of all.
     mean.copy_(torch.from_numpy(x.mean(0, dtype=np.float64)))
     std.copy_(torch.from_numpy(x.std(0, dtype=np.float64) + 1e-6))
     std[std < least] = 1.0
 
 
 def orthogonal_(layer: nn.Module) -> None:
-    """IQL's initial weights, for module.apply: orthogonal, gain √2, in every layer; zero bias."""
+    """IQL's initial weights, for module.apply: orthogonal, gain √2; zero bias."""
     if isinstance(layer, (nn.Linear, EnsembleLinear)):
         for matrix in layer.weight.view(-1, *layer.weight.shape[-2:]):  # of each critic
             nn.init.orthogonal_(matrix, 2**0.5)
         nn.init.zeros_(layer.bias)
 
 
-def make_agent(args: Args, data: Optional[dict], saved: Optional[dict], device) -> Base:
-    """An agent that has seen the dataset (keys of Batch), or a saved one."""
-    sizes = saved["sizes"] if saved else (data[x].shape[1] for x in ("observations", "actions"))
+def make_agent(args: Args, data: dict | None, saved: dict | None, device) -> Base:
+    """An agent that has seen the dataset, or a saved one."""
+    sizes = saved["sizes"] if saved else (data["observations"].shape[1], data["actions"].shape[1])
     agent, on_gpu = BASES[args.base](args, *sizes).to(device), device.type == "cuda"
     learned = [weight for weight in agent.parameters() if weight.requires_grad]
-    # The rate is constant: IQL's authors let the actor's decay, but offline only. Capturable: the
-    # number of steps is a tensor, for `recorded`.
+    # The rate is constant: IQL's authors let the actor's decay, but offline only.
     agent.optimizer = torch.optim.Adam(learned, args.learning_rate, fused=True, capturable=on_gpu)
     if saved:
         with explain("the saved agent does not fit its flags"):
             agent.load_state_dict(saved["agent"])
             for i, adam in saved["optimizer"]["state"].items():
                 # Into memory of the weights' own shapes: Adam would write past the end of less.
-                state = {name: torch.zeros_like(learned[i]) for name in ("exp_avg", "exp_avg_sq")}
-                state["step"] = torch.zeros((), device=device)
-                for name, tensor in state.items():
-                    tensor.copy_(adam[name])
-                agent.optimizer.state[learned[i]] = state
+                state = agent.optimizer.state[learned[i]]
+                state["step"] = torch.zeros((), device=device).copy_(adam["step"])
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(learned[i]).copy_(adam[name])
     else:
         agent.see_dataset(data)
     if args.compile:
         torch._inductor.config.fallback_random = True  # the draws of the eager update
         for name in ("step", "update_critics", "update_policy", "update_actor"):
-            if hasattr(agent, name):  # what a base does with one batch
+            if hasattr(agent, name):
                 setattr(agent, name, torch.compile(getattr(agent, name)))
     return agent
 
 
 def save(path: Path, agent: Base, rule: RewardRule, step: int, **more) -> None:
-    """All of an agent, in tensors and plain values; there whole or not at all."""
+    """All of an agent, in tensors and plain values; whole or not at all."""
     state = dict(step=step, args=asdict(agent.args), sizes=agent.sizes, rule=rule[:2], **more)
     state |= dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict())
     part = path.with_name(f"{path.name}.part")
     with explain(f"{path} cannot be written"):
         torch.save(state, part)
-        part.replace(path)  # never a moment without a whole file
+        part.replace(path)
 
 
-def load_saved(args: Args) -> Optional[dict]:
+def load_saved(args: Args) -> dict | None:
     """The checkpoint of --resume, the agent of --load, or None."""
     if not (args.resume or args.load):
         return None
-    path = Path(args.resume, "checkpoint.pt") if args.resume else Path(args.load)
+    path = Path(args.load or f"{args.resume}/checkpoint.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["args"] = BASES[saved["args"]["base"]].Flags(**saved["args"])
@@ -1470,78 +1435,71 @@ def load_saved(args: Args) -> Optional[dict]:
 
 
 def load_agent(path: str, device: str = "cpu") -> Base:
-    """A saved agent, to act with: load_agent(path).policy(obs, sample=False)."""
+    """To act with: load_agent(path).policy(obs, sample=False)."""
     saved = load_saved(Args(load=str(path)))
     return make_agent(replace(saved["args"], compile=False), None, saved, torch.device(device))
 
 
 def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -> Callable:
     """fn itself on a CPU; on CUDA a function that launches all of fn's kernels at once."""
-    # An update of small networks is some two hundred kernels of 2 µs each, and Python needs longer
-    # than that to ask for one: the GPU waits, nine tenths of the time. A CUDA graph is recorded
-    # once and asks for all of them in one go. It does *exactly* what was recorded: Python's numbers and
-    # branches are frozen. What changes is a tensor, filled in place: the buffer and its size, the
-    # observation, the progress of Fig. 3.
+    # An update is some two hundred kernels of 2 µs each, and Python needs longer to ask for one:
+    # the GPU waits, nine tenths of the time. A CUDA graph asks for all of them at once. Python's
+    # numbers and branches are frozen in it: what changes is a tensor, filled in place (the buffer
+    # and its size, the observation, the progress of Fig. 3).
     if device.type != "cuda":
         return fn
-    graph, side, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def call():
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # as they are: these make Adam's state and the libraries' workspaces
+    def results():  # of one call after the other
+        for _ in range(3):  # make Adam's state, workspaces
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                early = fn()
-            torch.cuda.current_stream().wait_stream(side)
-            return early
-        if calls == 4:
-            for generator in generators:  # its draws go on from call to call
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
                 result = fn()
-        graph.replay()
-        return result  # the same tensors each time: to be read before the next call
+            torch.cuda.current_stream().wait_stream(side)
+            yield result
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            result = fn()
+        while True:
+            graph.replay()
+            yield result  # the same tensors each time: to be read before the next call
 
-    return call
+    return results().__next__
 
 
 class Run(contextlib.ExitStack):
     """A run's folder: after a step it logs, evaluates and saves what is due."""
 
-    BOOKS = "step episode sums count scores columns".split()  # a checkpoint has them all
+    BOOKS = "step episode sums count scores columns".split()  # in every checkpoint
 
     def __init__(self, args, agent, buffer, generator, rule, judge, saved):
-        super().__init__()  # what is opened here is closed at the end of main's `with`
+        from torch.utils.tensorboard import SummaryWriter  # slow: only if needed
+
+        super().__init__()
         self.args, self.agent, self.buffer = args, agent, buffer
         self.generator, self.rule, self.judge = generator, rule, judge
         self.device = buffer.rows.device.type
         self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-        self.step, self.episode = -args.offline_steps, 0  # the last ones that are done
+        self.step, self.episode = -args.offline_steps, 0
         self.scores, self.columns = {}, {}  # by step; of each table
         self.sums, self.count = torch.zeros((), device=self.device), 0  # of metrics
         self.checksum = zlib.crc32(buffer.rows[: buffer.num_offline].cpu().numpy())
-        self.open_folder(saved)
-
-    def open_folder(self, saved: Optional[dict]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow: only if needed
-
-        args = self.args
-        name = re.sub("[/:]", "-", f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}")
-        name += time.strftime(f"-%Y%m%d-%H%M%S-{os.getpid()}")
+        name = f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}"
+        name = re.sub("[/:]", "-", name) + time.strftime(f"-%Y%m%d-%H%M%S-{os.getpid()}")
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # The system frees this lock however the process ends.
-        with explain(f"warning: no lock in {self.folder}", print):  # not every disk has them
-            try:
-                self.enter_context(filelock.FileLock(self.folder / ".lock", timeout=0))
-            except filelock.Timeout:
-                raise UserError(f"{self.folder}: another process is writing there") from None
+        try:  # the system frees it, however the process ends
+            self.enter_context(filelock.FileLock(self.folder / ".lock", timeout=0))
+        except filelock.Timeout:
+            raise UserError(f"{self.folder}: another process is writing there") from None
+        except (OSError, NotImplementedError) as error:  # not every disk has locks
+            print(f"warning: no lock in {self.folder}: {error}")
         print(f"run: {self.folder} on {self.device}")
         if args.resume:
             self.restore(saved)
         else:
-            # A run that was killed before its first checkpoint has left these at most.
+            # A run killed before its first checkpoint left these at most.
             if set(os.listdir(self.folder)) - {".lock", "config.json", "checkpoint.pt.part"}:
                 raise UserError(f"--run-dir {self.folder}: not empty, choose a new one")
             libraries = {x.__name__: x.__version__ for x in (torch, np, gym, mujoco)}
@@ -1549,27 +1507,27 @@ class Run(contextlib.ExitStack):
             if args.load:
                 self.step, config["pretraining"] = 0, asdict(saved["args"])
             (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            self.checkpoint()  # a run can be resumed from its first minute on
+            self.checkpoint()  # so that it can be resumed from its first minute on
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.push(self.end)
-        if self.step == 0 and not self.scores:  # where a loaded agent starts from
+        if self.step == 0 and not self.scores:  # a loaded agent's start
             self.evaluate()
             self.checkpoint()
 
     def end(self, kind, error, trace) -> None:
         with explain("warning: TensorBoard's file is not whole", print):
             self.board.close()
-        if kind is KeyboardInterrupt:  # like a kill: a resumed run ends as if there had been none
+        if kind is KeyboardInterrupt:  # like a kill: resumed, it ends as if there had been none
             print(f"\nstopped at step {self.step:,}, saved at {self.saved_step:,}; to go on:")
             print(f"python {sys.argv[0]!r} --resume {str(self.folder)!r}")
 
     def bar(self, phase: str, steps: range):
-        """The steps of a phase that are left, behind a bar; in a log, a line a minute."""
+        """The steps that are left of a phase; in a log, a line a minute."""
         total = {"offline": self.args.offline_steps, "online": self.args.online_steps}[phase]
         seconds, done = 0.1 if sys.stderr.isatty() else 60.0, total - len(steps)
         return tqdm(steps, phase, total, initial=done, mininterval=seconds, disable=not steps)
 
-    def record(self, step: int, metrics: dict, episode: Optional[dict] = None) -> None:
+    def record(self, step: int, metrics: dict, episode: dict | None = None) -> None:
         """After a step, what is due; episode: statistics of one that has ended."""
         args, self.step = self.args, step
         with explain(f"metrics {' '.join(metrics)}: numbers, the same in every step of a phase"):
@@ -1580,10 +1538,10 @@ class Run(contextlib.ExitStack):
             self.episode += 1
             score = get_task(args.env_id).score(episode["r"])
             self.log("episodes", {"return": episode["r"], "score": score, "length": episode["l"]})
-        is_last = step in (0, args.online_steps)  # of its phase
+        is_last = step in (0, args.online_steps)
         if step % args.log_every == 0 or is_last:
             means = dict(zip(metrics, (self.sums / self.count).tolist()))
-            self.log("metrics", {"o3f/optimism": 0.0} | means)  # the same columns offline
+            self.log("metrics", {"o3f/optimism": 0.0} | means)  # the same columns in both
             self.sums, self.count = self.sums.new_zeros(()), 0
         if step % args.eval_every == 0 or is_last:
             self.evaluate()
@@ -1597,19 +1555,17 @@ class Run(contextlib.ExitStack):
     def log(self, table: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             if not np.isfinite(value):
-                wrong = f"{name} is {value} by step {self.step}: training diverged"
-                raise UserError(f"{wrong}; lower --learning-rate")
+                hint = "training diverged; lower --learning-rate"
+                raise UserError(f"{name} is {value} by step {self.step}: {hint}")
         with explain("warning: TensorBoard", tqdm.write):
             for name, value in values.items():
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
                 self.board.add_scalar(tag, value, self.step)
         names = self.columns.setdefault(table, ["step", *values])
-        with (
-            explain(f"{table}.csv: what is logged has to be logged from the first step on"),
-            open(self.folder / f"{table}.csv", "a") as file,  # closed after each row
-        ):
-            writer = csv.DictWriter(file, names, lineterminator="\n")  # as restore writes them
-            if file.tell() == 0:  # a new file
+        hint = f"{table}.csv: what is logged has to be logged from the first step on"
+        with explain(hint), open(self.folder / f"{table}.csv", "a") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({"step": self.step} | values)
 
@@ -1623,15 +1579,14 @@ class Run(contextlib.ExitStack):
             line += ", Kendall's τ {eval/kendall_tau:.2f}"
         tqdm.write(line.format(self.step, **results))
 
-    def checkpoint(self) -> None:  # if it cannot be written, the older one stays
+    def checkpoint(self) -> None:
         weights = sum(weight.sum() for weight in self.agent.parameters())
         if not torch.isfinite(weights + self.sums.sum()):
             raise UserError(f"NaN in the agent by step {self.step}")
         buffer = self.buffer
         run = {
             "books": {name: getattr(self, name) for name in self.BOOKS},
-            # A slice would be saved with all that it is a slice of.
-            "rows": buffer.rows[buffer.num_offline : buffer.filled].clone(),
+            "rows": buffer.rows[buffer.num_offline : buffer.filled].clone(),  # else saved whole
             "streams": [self.generator.get_state(), torch.get_rng_state()],
             "cuda": torch.cuda.get_rng_state_all(),  # empty without
             "csv": {path.name: path.stat().st_size for path in self.folder.glob("*.csv")},
@@ -1641,15 +1596,15 @@ class Run(contextlib.ExitStack):
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
             save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
             self.saved_step = self.step
-        self.saved_at = time.monotonic()  # after a failure too
+        self.saved_at = time.monotonic()
 
     def restore(self, saved: dict) -> None:
         if saved["checksum"] != self.checksum:
             raise UserError("--resume: the dataset has changed, put it back")
-        if saved["device"] != self.device:  # random numbers are others there
+        if saved["device"] != self.device:  # has other random numbers
             wrong = f"--resume: the run was on {saved['device']}, this is on {self.device}"
             raise UserError(f"{wrong}; --load an agent of it")
-        vars(self).update(saved["books"])  # step, sums, … go on where they were
+        vars(self).update(saved["books"])
         self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
         buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
@@ -1659,11 +1614,11 @@ class Run(contextlib.ExitStack):
         torch.set_rng_state(saved["streams"][1])
         torch.cuda.set_rng_state_all(saved["cuda"])
         for path in {*self.folder.glob("*.csv"), *map(self.folder.joinpath, saved["csv"])}:
-            text, size = path.read_bytes() if path.exists() else b"", saved["csv"].get(path.name, 0)
+            path.touch()
+            text, size = path.read_bytes(), saved["csv"].get(path.name, 0)
             if len(text) < size:
                 print(f"warning: {path} was longer when the checkpoint was written")
-            if text:  # drop what came later, or half a line
-                os.truncate(path, text[:size].rfind(b"\n") + 1)
+            os.truncate(path, text[:size].rfind(b"\n") + 1)  # drops later rows
         if self.step == self.args.online_steps:
             print("run: finished before, nothing is left to do")
 
@@ -1672,25 +1627,25 @@ class Run(contextlib.ExitStack):
         print(f"score {self.scores[self.step]:.1f}; files in {self.folder}")
 
 
-def plot(folders: list[Path], path: Path) -> None:
+def plot(folders, path) -> None:
     """Draw runs, or all in these folders: a panel per task, a curve per configuration."""
-    from matplotlib.figure import Figure  # not pyplot: no screen, no global state
+    from matplotlib.figure import Figure  # not pyplot: no screen
 
-    runs, panels = [], {}  # panels: env_id -> configuration -> seed -> {step: score}
+    tables, panels = set(), {}  # env_id -> configuration -> seed -> {step: score}
     for folder in folders:
         found = glob.glob(f"{folder}/**/evaluations.csv", recursive=True)  # follows links
-        with explain(f"--plot {folder}: no run with an evaluation"):
-            runs += [(os.path.getmtime(x), Path(x)) for x in found or [f"{folder}/evaluations.csv"]]
-    for _, table in sorted(set(runs)):  # the oldest first
-        with explain(f"--plot {table}: not of a whole run"):
-            args = json.loads((table.parent / "config.json").read_text())
-            rows = csv.DictReader(table.read_text().splitlines())
-            curve = {int(row["step"]): float(row["eval/score"]) for row in rows}
+        if not found:
+            raise UserError(f"--plot {folder}: no run with an evaluation")
+        tables |= set(found)
+    for table in sorted(tables, key=os.path.getmtime):  # the oldest first
+        with explain(f"--plot {table}: not of a whole run"), open(table) as file:
+            args = json.loads(Path(table).with_name("config.json").read_text())
+            curve = {int(row["step"]): float(row["eval/score"]) for row in csv.DictReader(file)}
             flags = frozenset(f"{x} {args[x]}" for x in args.keys() - set(OWN.split()))
-        if len(curve) > 1:  # an agent that was evaluated once is no curve
+        if len(curve) > 1:
             curves = panels.setdefault(args["env_id"], {}).setdefault((args["explore"], flags), {})
             if args["seed"] in curves:
-                print(f"plot: {table.parent} instead of an older run of seed {args['seed']}")
+                print(f"plot: {Path(table).parent} instead of an older run of seed {args['seed']}")
             curves[args["seed"]] = curve
     if not panels:
         raise UserError("--plot: no run there has two evaluations yet")
@@ -1699,17 +1654,17 @@ def plot(folders: list[Path], path: Path) -> None:
     for axes, (env_id, groups) in zip(rows, panels.items()):
         common = frozenset.intersection(*(flags for _, flags in groups))
         for (explore, flags), curves in groups.items():
-            steps = sorted(set.intersection(*map(set, curves.values())))  # those of all seeds
+            steps = sorted(set.intersection(*map(set, curves.values())))
             if not steps:
                 raise UserError("--plot: runs of one configuration share no step of evaluation")
             scores = np.array([[curve[step] for step in steps] for curve in curves.values()])
-            label = ", ".join([explore, *sorted(flags - common)])
-            label = f"{label[:70]} (seed {', '.join(map(str, sorted(curves)))})"
-            axes.plot(steps, scores.mean(0), ".-", label=label)
+            label = ", ".join([explore, *sorted(flags - common)])[:70]
+            seeds = ", ".join(map(str, sorted(curves)))
+            axes.plot(steps, scores.mean(0), ".-", label=f"{label} (seed {seeds})")
             axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
         axes.axvline(0, color="black", lw=0.8, ls=":")
-        is_return = get_task(env_id).family == "other"
-        axes.set_ylabel(f"{env_id}: " + ("return" if is_return else "score"))
+        word = {"other": "return"}.get(get_task(env_id).family, "score")
+        axes.set_ylabel(f"{env_id}: {word}")
         axes.legend(frameon=False, fontsize="small")
     rows[-1].set_xlabel("offline updates | environment steps, from the dotted line on")
     rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
@@ -1718,7 +1673,7 @@ def plot(folders: list[Path], path: Path) -> None:
     print(f"plot: {path}")
 
 
-def parse(argv: Optional[list[str]] = None) -> Args:
+def parse(argv: list[str] | None = None) -> Args:
     """Flags, read twice: task and base decide which there are, and their defaults."""
     argv = sys.argv[1:] if argv is None else argv
     read = functools.partial(tyro.cli, args=argv, description=__doc__.partition("\n")[0])
@@ -1733,47 +1688,49 @@ def parse(argv: Optional[list[str]] = None) -> Args:
         return first
     if first.dataset.startswith("minari:") and not given & {"env_id", "load"}:
         raise UserError(f"--dataset {first.dataset}: name its environment with --env-id")
-    if first.load:  # the objective that the agent had, unless a flag changes it
+    if first.load:
         default = replace(load_saved(first)["args"], run_dir="", resume="", video="")
     else:
-        default = preset(first.env_id, first.base)  # so --help shows the chosen task's values
+        default = preset(first.env_id, first.base)  # what --help shows
     return read(type(default), default=default)
 
 
-def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
-    """Refuse the first flag that makes no sense, and say what would; see load_saved."""
+def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
+    """Refuse the first flag that makes no sense, and say what would."""
     saved = load_saved(args)
     if args.resume:
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        kinds = [kind, *get_args(kind)]  # of an Optional too
-        choices = [x for x in kinds if isinstance(x, str)]
+        kinds = [kind, *get_args(kind)]
         types = [getattr(x, "__origin__", x) for x in kinds]  # without the ranges
-        if isinstance(value, np.generic):  # from a notebook; in a file it could not be loaded
+        if isinstance(value, np.generic):  # from a notebook
             value = value.item()
         if isinstance(value, Path):
             value = str(value)
         if int in types and type(value) is float and value.is_integer():
             value = int(value)
-        wanted = choices or types + [int] * (float in types)
-        if (value if choices else type(value)) not in wanted:
-            raise UserError(f"{flag} {value!r}: give one of {', '.join(map(str, wanted))}")
+        if float in types:
+            types.append(int)
+        if type(value) not in types and value not in kinds:
+            wanted = ", ".join(map(str, get_args(kind) or [kind]))
+            raise UserError(f"{flag} {value!r}: give one of {wanted}")
         setattr(args, name, value)
         for low, high in [x.__metadata__ for x in kinds if hasattr(x, "__metadata__")]:
             if value is not None and not low <= value <= high:  # NaN is in no range
                 raise UserError(f"{flag} {value}: give a number from {low} to {high:g}")
-    for name in IDENTITY.split():
-        then, now = (getattr(x, name, None) for x in (saved["args"] if saved else args, args))
-        if then != now:
-            raise UserError(f"the saved agent has {name} {then}, this run {now}")
+    if saved:
+        for name in IDENTITY.split():
+            then, now = vars(saved["args"]).get(name), vars(args).get(name)
+            if then != now:
+                raise UserError(f"the saved agent has {name} {then}, this run {now}")
     if args.base == "lapo" and args.subset_size > args.num_critics:
         raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
     if Path(args.dataset).is_file():
-        args.dataset = str(Path(args.dataset).absolute())  # --resume may come from elsewhere
+        args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
     if args.video:
         with explain(f"--video: {args.env_id} cannot be drawn; without a screen set MUJOCO_GL=egl"):
             env = make_env(args.env_id, render_mode="rgb_array")
@@ -1786,15 +1743,15 @@ def prepare(args: Args) -> tuple[Args, torch.device, Optional[dict]]:
     return args, torch.device(device), saved
 
 
-def cli(argv: Optional[list[str]] = None) -> int:
+def cli(argv: list[str] | None = None) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="replace")  # a terminal without Greek shows "?"
+            stream.reconfigure(errors="replace")  # Greek
     try:
         args = parse(argv)
         if args.plot:
-            plot([Path(folder) for folder in args.plot], Path(args.plot_to))
+            plot(args.plot, args.plot_to)
         else:
             main(args)
         return 0
