@@ -781,7 +781,8 @@ def main(args: Args) -> dict:
                 obs, _ = env.reset(seed=env_seed + run.episode)
         run.finish()
     if args.video:
-        film(agent, reward_rule, task, args, eval_seed)
+        with explain("warning: no video (without a screen: MUJOCO_GL=egl)", print):
+            film(agent, reward_rule, task, args, eval_seed)
     return dict(folder=run.folder, scores=run.scores)
 
 
@@ -1731,12 +1732,10 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
     if Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
-    if args.video:
-        with explain(f"--video: {args.env_id} cannot be drawn; without a screen set MUJOCO_GL=egl"):
-            env = make_env(args.env_id, render_mode="rgb_array")
-            env.reset()
-            env.render().shape
-            env.close()
+    if args.video:  # drawn only at the end: EGL's libraries, loaded first, crash triton's
+        env = make_env(args.env_id, render_mode="rgb_array")
+        if "rgb_array" not in env.metadata.get("render_modes", []):
+            raise UserError(f"--video: {args.env_id} has no render mode rgb_array")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: none is found, use auto")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"

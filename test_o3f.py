@@ -1405,7 +1405,7 @@ def stop_in_update(monkeypatch, update: int) -> None:
     def spy(*args, **kwargs):
         calls.append(1)
         if len(calls) == update:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(o3f.ReplayBuffer, "sample", spy)
@@ -1607,7 +1607,7 @@ def test_ctrl_c_while_saving_harms_no_checkpoint(home, monkeypatch):
         calls.append(state["step"])
         if len(calls) == 6:
             path.write_bytes(b"half of it")
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         save(state, path)
 
     with monkeypatch.context() as patch:
