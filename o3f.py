@@ -169,18 +169,15 @@ class Critics(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """π(a|s) = N(tanh(MLP(s)), diag(std²)): obs (B, O) -> mean (B, A), log std (A,)."""
+    """The mean of π(a|s) = N(tanh(MLP(s)), diag(std²)): obs (B, O) -> (B, A)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: list[int], dropout: float):
         super().__init__()
         self.net = MLP([obs_dim, *hidden, act_dim], dropout=dropout)
-        self.log_std = nn.Parameter(torch.zeros(act_dim))  # one for all states
+        self.log_std = nn.Parameter(torch.zeros(act_dim))  # the same for all states
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.limit(self.log_std)
-
-    def limit(self, log_std: torch.Tensor) -> torch.Tensor:
-        return log_std.clamp(-5.0, 2.0)
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.net(obs))
 
 
 # ==== 3. Losses: pure functions of tensors ====
@@ -347,13 +344,11 @@ class WeightedArgs(Args):
 class Weighted(Base):
     """What IQL and AWAC share: an actor that imitates the data's better actions."""
 
-    Actor = GaussianActor
-
     def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         self.hidden = [args.hidden_dim] * 2
         self.qf = Critics(obs_dim, act_dim, args.num_critics, self.hidden, args.layer_norm)
-        self.actor = self.Actor(obs_dim, act_dim, self.hidden, args.actor_dropout)
+        self.actor = GaussianActor(obs_dim, act_dim, self.hidden, args.actor_dropout)
         self.apply(orthogonal_)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
 
@@ -376,18 +371,22 @@ class Weighted(Base):
             adv = adv / (adv.std(correction=0) + 1e-6)
         beta = self.at_present(args.beta, args.online_beta)
         weight = advantage_weights(adv, beta, args.exp_adv_max)  # (B,)
-        mean, log_std = self.actor.train()(obs)  # dropout is on here and nowhere else
+        mean, log_std = self.actor.train()(obs), self.log_std()  # dropout is on only here
         loss = (weight * gaussian_nll(actions, mean, log_std)).mean()
         # Effective sample size: 1, all rows count alike; 1/B, one row rules.
-        ess = weight.mean() ** 2 / ((weight**2).mean() + 1e-12)
-        metrics = {"losses/actor": loss.detach(), "adv_weight": weight.mean()}
+        average = weight.mean()
+        ess = average**2 / ((weight**2).mean() + 1e-12)
+        metrics = {"losses/actor": loss.detach(), "adv_weight": average}
         return loss, metrics | {"adv_weight_ess": ess, "policy_std": log_std.detach().exp().mean()}
 
+    def log_std(self) -> torch.Tensor:
+        return nn.functional.hardtanh(self.actor.log_std, -5.0, 2.0)  # clamped, (A,)
+
     def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
-        action, log_std = self.actor.eval()(obs)
+        action = self.actor.eval()(obs)
         if sample:
             noise = torch.randn(action.shape, device=obs.device, generator=generator)
-            action = action + log_std.exp() * noise
+            action = action + self.log_std().exp() * noise
         return action.clamp(-1.0, 1.0)
 
 
@@ -432,13 +431,6 @@ class IQL(Weighted):
         return metrics | self.critic_metrics(q, qf_loss)
 
 
-class NarrowActor(GaussianActor):
-    """AWAC's: a std of e⁻³ = 0.05 at the start, and 1 at most."""
-
-    def limit(self, log_std: torch.Tensor) -> torch.Tensor:
-        return -6.0 + 6.0 * torch.sigmoid(log_std)
-
-
 class AWAC(Weighted):
     """Advantage-weighted actor-critic (Nair et al., arXiv 2006.09359): no V, but Q of samples."""
 
@@ -446,11 +438,14 @@ class AWAC(Weighted):
     # have to be near the data from the start. Ours: two hidden layers (released: four); weights
     # exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β. d3rlpy's
     # AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
-    Flags, Actor = WeightedArgs, NarrowActor
+    Flags = WeightedArgs
 
     def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         nn.init.uniform_(self.actor.net[-1].weight, -1e-3, 1e-3)  # means near 0, as released
+
+    def log_std(self) -> torch.Tensor:  # as released: std e⁻³ = 0.05 at the start, 1 at most
+        return -6.0 + 6.0 * torch.sigmoid(self.actor.log_std)
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update of actor and critics, both from the critics before it."""
@@ -645,7 +640,7 @@ class SO2(Base):
     def draw(self, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         """a = tanh(u), u ~ N(μ(s), σ(s)²), and log π(a|s): (B, O) -> (B, A), (B,)."""
         mean, log_std = self.actor(obs).chunk(2, -1)
-        log_std = log_std.clamp(-5.0, 2.0)
+        log_std = nn.functional.hardtanh(log_std, -5.0, 2.0)  # clamped
         noise = torch.randn(mean.shape, device=obs.device, generator=generator)
         u = mean + log_std.exp() * noise
         # log(1 − tanh²u), tanh's slope, as log(4/(eᵘ + e⁻ᵘ)²), which is finite for any u.
@@ -707,9 +702,10 @@ class ReplayBuffer:
     """The dataset, then the online transitions, in one tensor: a batch is one gather."""
 
     def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
-        self.num_offline = self.filled = n = len(data["rewards"])
+        (n, O), (_, A) = data["observations"].shape, data["actions"].shape
+        self.num_offline = self.filled = n
         self.size = torch.tensor(n, device=device)  # of rows, where `recorded` reads it
-        self.widths = [column[0].size for column in Batch(**data)]
+        self.widths = [O, A, 1, O, 1]
         rows = np.zeros((n + online_steps, sum(self.widths)), np.float32)
         rows[:n] = np.column_stack(Batch(**data))
         self.rows = torch.from_numpy(rows).to(device)
@@ -747,7 +743,7 @@ def main(args: Args) -> dict:
     data, reward_rule = load_dataset(args, task, env, saved)  # which r and d to learn from
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
-    judge = functools.partial(evaluate, agent, reward_rule, task, args, eval_seed)
+    judge = functools.partial(evaluate, agent, reward_rule, task, eval_seed)
     with Run(args, agent, buffer, generator, reward_rule, judge, saved) as run:
         # Steps up to 0 are offline updates, later ones environment steps: one axis for both.
         # recorded (§10): the same on a CPU, and without Python's delay on a GPU.
@@ -780,9 +776,8 @@ def main(args: Args) -> dict:
             if terminated or truncated:
                 obs, _ = env.reset(seed=env_seed + run.episode)
         run.finish()
-    if args.video:
-        with explain("warning: no video (without a screen: MUJOCO_GL=egl)", print):
-            film(agent, reward_rule, task, args, eval_seed)
+    if args.video:  # at the end: EGL's libraries, loaded first, crash triton's
+        film(judge, args)
     return dict(folder=run.folder, scores=run.scores)
 
 
@@ -797,12 +792,14 @@ def explain(hint: str, say: Callable | None = None):
     try:
         yield
     except Exception as error:
-        reason = f"{hint}: {str(error) or type(error).__name__}"
         if say is None and isinstance(error, UserError):
             raise  # it is a line already
+        reason = str(error)
+        if not reason or "\n" in reason:  # many lines are advice, torch's to run a file's code, say
+            reason = type(error).__name__
         if say is None:
-            raise UserError(reason) from error
-        say(reason)  # a warning, or one of several failures
+            raise UserError(f"{hint}: {reason}") from error
+        say(f"{hint}: {reason}")  # a warning, or one of several failures
 
 
 class Task(NamedTuple):
@@ -1089,12 +1086,12 @@ def download(env_id: str, cache: Path) -> Path:
     raise UserError(f"{path.name} cannot be downloaded, use {way}. Tried: {'; '.join(failures)}")
 
 
-def uniform_rows(env_id: str):
+def uniform_rows(env_id: str, steps):
     """Rows in the order of COLUMNS, of uniform actions: D4RL's recipe for *-random files."""
     env = make_env(env_id)
     env.action_space.seed(0)  # the same rows when made again
     obs, _ = env.reset(seed=0)
-    while True:
+    for _ in steps:
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
         yield obs, action, reward, terminated, truncated and not terminated
@@ -1107,8 +1104,7 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
     """Write so many uniform rows, unless they are there and the environment is the same."""
 
     def collect(steps) -> list[np.ndarray]:
-        columns = zip(*(row for _, row in zip(steps, uniform_rows(env_id))))
-        return [np.array(column, np.float32) for column in columns]
+        return [np.array(column, np.float32) for column in zip(*uniform_rows(env_id, steps))]
 
     if path.is_file():
         few, file = range(min(size, 50)), read_hdf5(path)
@@ -1141,8 +1137,6 @@ def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray
         dataset = importlib.import_module("minari").load_dataset(name[7:], download=True)
     rows, box = [], dataset.action_space
     with explain(f"--dataset {name}: no flat, bounded boxes, or not this task's"):
-        if not box.is_bounded():
-            raise ValueError(f"its actions are in {box}")
         for episode in dataset.iterate_episodes():
             obs, rewards = episode.observations, episode.rewards
             if targets:  # (T + 1, 59): robot 9 + 9, objects 21 + 20
@@ -1290,7 +1284,7 @@ def kendall_tau(x, y, window: int = 10) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(agent: Base, rule, task: Task, args: Args, seed: int, envs: list) -> dict:
+def evaluate(agent: Base, rule, task: Task, seed: int, args: Args, envs: list) -> dict:
     """One episode per environment, side by side: one policy call a step for all."""
     # From the same seeds always: a change of the score is the policy's, not the draw's.
     n, device = len(envs), agent.obs_mean.device
@@ -1339,7 +1333,8 @@ def evaluate(agent: Base, rule, task: Task, args: Args, seed: int, envs: list) -
     return results
 
 
-def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
+@explain("warning: no video (without a screen: MUJOCO_GL=egl)", print)
+def film(judge: Callable, args: Args) -> None:
     """--video: an episode of the policy, and beside it one of --explore's actions."""
     import imageio.v3 as imageio
 
@@ -1347,7 +1342,7 @@ def film(agent: Base, rule, task: Task, args: Args, seed: int) -> None:
     films = []
     for shown in ("policy", "explore"):
         env = gym.wrappers.RenderCollection(make_env(args.env_id, render_mode="rgb_array"))
-        evaluate(agent, rule, task, replace(args, eval_action=shown), seed, [env])
+        judge(replace(args, eval_action=shown), [env])
         films.append(env.render()[::4])
         env.close()
     for pictures in films:  # the shorter one waits
@@ -1423,16 +1418,11 @@ def load_saved(args: Args) -> dict | None:
     """The checkpoint of --resume, the agent of --load, or None."""
     if not (args.resume or args.load):
         return None
-    path = Path(args.load or f"{args.resume}/checkpoint.pt")
-    try:
+    path = args.load or f"{args.resume}/checkpoint.pt"
+    with explain(f"{path}: no agent (--load) or run's folder (--resume) of this o3f.py"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["args"] = BASES[saved["args"]["base"]].Flags(**saved["args"])
-        if args.resume:
-            saved["books"]  # an agent has none
-    except Exception:  # torch would advise to run the file's code
-        wrong = f"{path} is missing, or no whole file of this version of o3f.py"
-        raise UserError(f"{wrong}; --resume takes a run's folder, --load an agent") from None
-    return saved
+        return saved
 
 
 def load_agent(path: str, device: str = "cpu") -> Base:
@@ -1556,8 +1546,7 @@ class Run(contextlib.ExitStack):
     def log(self, table: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             if not np.isfinite(value):
-                hint = "training diverged; lower --learning-rate"
-                raise UserError(f"{name} is {value} by step {self.step}: {hint}")
+                raise UserError(f"{name} is {value} by step {self.step}: lower --learning-rate")
         with explain("warning: TensorBoard", tqdm.write):
             for name, value in values.items():
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
@@ -1571,7 +1560,7 @@ class Run(contextlib.ExitStack):
             writer.writerow({"step": self.step} | values)
 
     def evaluate(self) -> None:
-        results = self.judge(self.envs)
+        results = self.judge(self.args, self.envs)
         self.log("evaluations", results)
         self.scores[self.step] = float(results["eval/score"])
         line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
@@ -1581,8 +1570,8 @@ class Run(contextlib.ExitStack):
         tqdm.write(line.format(self.step, **results))
 
     def checkpoint(self) -> None:
-        weights = sum(weight.sum() for weight in self.agent.parameters())
-        if not torch.isfinite(weights + self.sums.sum()):
+        weights = nn.utils.parameters_to_vector(self.agent.parameters())
+        if not torch.isfinite(weights.sum() + self.sums.sum()):
             raise UserError(f"NaN in the agent by step {self.step}")
         buffer = self.buffer
         run = {
@@ -1591,7 +1580,6 @@ class Run(contextlib.ExitStack):
             "streams": [self.generator.get_state(), torch.get_rng_state()],
             "cuda": torch.cuda.get_rng_state_all(),  # empty without
             "csv": {path.name: path.stat().st_size for path in self.folder.glob("*.csv")},
-            "device": self.device,
             "checksum": self.checksum,
         }
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
@@ -1602,18 +1590,16 @@ class Run(contextlib.ExitStack):
     def restore(self, saved: dict) -> None:
         if saved["checksum"] != self.checksum:
             raise UserError("--resume: the dataset has changed, put it back")
-        if saved["device"] != self.device:  # has other random numbers
-            wrong = f"--resume: the run was on {saved['device']}, this is on {self.device}"
-            raise UserError(f"{wrong}; --load an agent of it")
+        with explain(f"--resume: not on {self.device}, where the run was not; --load its agent"):
+            self.generator.set_state(saved["streams"][0])
+            torch.set_rng_state(saved["streams"][1])
+            torch.cuda.set_rng_state_all(saved["cuda"])
         vars(self).update(saved["books"])
         self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
         buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
         buffer.rows[buffer.num_offline : n] = saved["rows"]
         buffer.filled = buffer.size.fill_(n).item()
-        self.generator.set_state(saved["streams"][0])
-        torch.set_rng_state(saved["streams"][1])
-        torch.cuda.set_rng_state_all(saved["cuda"])
         for path in {*self.folder.glob("*.csv"), *map(self.folder.joinpath, saved["csv"])}:
             path.touch()
             text, size = path.read_bytes(), saved["csv"].get(path.name, 0)
@@ -1674,9 +1660,8 @@ def plot(folders, path) -> None:
     print(f"plot: {path}")
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     """Flags, read twice: task and base decide which there are, and their defaults."""
-    argv = sys.argv[1:] if argv is None else argv
     read = functools.partial(tyro.cli, args=argv, description=__doc__.partition("\n")[0])
     first, _ = read(Args, return_unknown_args=True, add_help=False)
     given = {arg.partition("=")[0][2:].replace("-", "_") for arg in argv if arg[:2] == "--"}
@@ -1730,19 +1715,17 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
+    if args.video:  # can it be drawn at all?
+        make_env(args.env_id, render_mode="rgb_array")
     if Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
-    if args.video:  # drawn only at the end: EGL's libraries, loaded first, crash triton's
-        env = make_env(args.env_id, render_mode="rgb_array")
-        if "rgb_array" not in env.metadata.get("render_modes", []):
-            raise UserError(f"--video: {args.env_id} has no render mode rgb_array")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: none is found, use auto")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     return args, torch.device(device), saved
 
 
-def cli(argv: list[str] | None = None) -> int:
+def cli(argv: list[str]) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
@@ -1764,4 +1747,4 @@ def cli(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(cli(sys.argv[1:]))
