@@ -466,7 +466,7 @@ class AWAC(Weighted):
 
 @dataclass
 class LAPOArgs(Args):
-    subset_size: Count = 2  # slow critics per target (REDQ 2); more = lower targets
+    subset_size: Count = 2  # slow critics per target (REDQ 2), at most all; more = lower targets
     doubleq_min: Share = 1.0  # λ, weight of the minimum (ant maze 0.7, else 1); more = cautious
     # limits of V's targets, from rewards seen: r/(1 - gamma), or r itself where it is paid once
     value_clamp: Literal["discounted", "once"] = "discounted"
@@ -489,7 +489,7 @@ class LAPO(Base):
     def __init__(self, args: LAPOArgs, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
         hidden = [args.hidden_dim] * 3
-        self.latent_dim = latent_dim = args.latent_dim or 2 * act_dim
+        latent_dim = args.latent_dim or 2 * act_dim
         self.qf = Critics(obs_dim, act_dim, args.num_critics, hidden, args.layer_norm)
         self.vf = MLP([obs_dim, *hidden, 1])
         self.encoder = MLP([obs_dim + act_dim, *hidden, 2 * latent_dim])
@@ -523,10 +523,11 @@ class LAPO(Base):
         self.v_min.clamp_(max=scale * rewards.amin())
         self.v_max.clamp_(min=scale * rewards.amax())
 
-    def decode(self, obs, actor, decoder, noise=None) -> torch.Tensor:
-        """Dec(s, z), z = 2·tanh(π_z(s)) + clip(0.1·ε, ±0.2); standardised, (B, O) -> (B, A)."""
+    def decode(self, obs, actor, decoder, noisy=False, generator=None) -> torch.Tensor:
+        """Dec(s, z), z = 2·tanh(π_z(s)), and + clip(0.1·ε, ±0.2) if noisy: (B, O) -> (B, A)."""
         z = self.args.max_latent * torch.tanh(actor(obs))
-        if noise is not None:  # ε (B, Z)
+        if noisy:
+            noise = torch.randn(z.shape, device=z.device, generator=generator)
             z = z + self.args.latent_noise * noise.clamp(-2.0, 2.0)
         return decoder(torch.cat([obs, z], -1))
 
@@ -561,8 +562,7 @@ class LAPO(Base):
             # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix at a noisy action of the slow
             # policy at s: V is the latent policy's value, where IQL's is that of good data.
             target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), self.args.gamma)
-            noise = torch.randn(len(obs), self.latent_dim, device=obs.device)
-            policy_action = self.decode(obs, self.actor_target, self.decoder_target, noise)
+            policy_action = self.decode(obs, self.actor_target, self.decoder_target, noisy=True)
             v_target = self.target_q(obs, policy_action, members)
             self.widen(rewards)
             v_target = v_target.clamp(self.v_min, self.v_max)
@@ -599,11 +599,9 @@ class LAPO(Base):
         return metrics | {"adv": adv.mean(), "kl": kl.detach().mean()}
 
     def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
-        noise = None
-        if sample:  # the noise of V's targets
-            noise = torch.randn(len(obs), self.latent_dim, device=obs.device, generator=generator)
-        # Through the slow decoder, as policy and V are trained: the quick one has seen neither.
-        action = self.decode(obs, self.actor, self.decoder_target, noise)
+        # A sample has the noise of V's targets. Through the slow decoder, as policy and V are
+        # trained: the quick one has seen neither.
+        action = self.decode(obs, self.actor, self.decoder_target, sample, generator)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
     @torch.no_grad()
@@ -703,8 +701,8 @@ class ReplayBuffer:
 
     def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         (n, O), (_, A) = data["observations"].shape, data["actions"].shape
-        self.num_offline = self.filled = n
-        self.size = torch.tensor(n, device=device)  # of rows, where `recorded` reads it
+        self.num_offline = n
+        self.size = torch.tensor(n, device=device)  # rows so far; `recorded` reads it there
         self.widths = [O, A, 1, O, 1]
         rows = np.zeros((n + online_steps, sum(self.widths)), np.float32)
         rows[:n] = np.column_stack(Batch(**data))
@@ -715,9 +713,8 @@ class ReplayBuffer:
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
         if not np.isfinite(row).all():
             raise UserError("the environment gave NaN or inf; --load an earlier agent")
-        self.rows[self.filled].copy_(torch.from_numpy(row))
-        self.filled += 1
-        self.size.fill_(self.filled)
+        self.rows[self.size] = torch.from_numpy(row).to(self.rows.device)
+        self.size += 1
 
     def sample(self, batch_size: int, batches: int = 1, offline_ratio: float | None = None):
         """A list of batches, uniform over all rows, or with this share from the dataset's."""
@@ -902,8 +899,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
 
 
 class D4RLEnv(MujocoEnv):  # what kitchen and ant maze share
-    # gymnasium asks for its own list.
-    metadata = {"render_modes": ant_v5.AntEnv.metadata["render_modes"]}
+    metadata = {"render_modes": ant_v5.AntEnv.metadata["render_modes"]}  # gymnasium's own list
 
     def __init__(self, model: mujoco.MjModel, frame_skip: int, obs_dim: int, view: dict, **kwargs):
         self.model = model
@@ -1046,7 +1042,6 @@ class AntMazeEnv(D4RLEnv):
 
 # ==== 8. Data ====
 COLUMNS = "observations actions rewards terminals timeouts".split()
-MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 
 def find_file(args: Args) -> Path:
@@ -1074,49 +1069,45 @@ def download(env_id: str, cache: Path) -> Path:
     url = table.get(env_id) or re.search(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
     path, failures = cache / Path(url).name, []
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
-    for source in (url, f"{MIRROR}/{path.name}"):
+    for source in (url, f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.name}"):
         with explain(source, failures.append):
             pooch.retrieve(source, None, path.name, cache, downloader=fetch)
             h5py.File(path).close()
             return path
         path.unlink(missing_ok=True)  # an error page, say
-    way = "--dataset FILE or --dataset random"
-    if get_task(env_id).family == "kitchen":  # the same demonstrations, simulated anew
-        way = f"--dataset FILE or --dataset minari:D4RL/kitchen/{env_id.split('-')[1]}-v2"
+    way = "--dataset FILE or --dataset random (kitchens: minari:D4RL/kitchen/mixed-v2 and such)"
     raise UserError(f"{path.name} cannot be downloaded, use {way}. Tried: {'; '.join(failures)}")
 
 
-def uniform_rows(env_id: str, steps):
-    """Rows in the order of COLUMNS, of uniform actions: D4RL's recipe for *-random files."""
-    env = make_env(env_id)
+def uniform_rows(env_id: str, steps) -> list[np.ndarray]:
+    """COLUMNS of as many uniform actions: D4RL's recipe for *-random files."""
+    env, rows = make_env(env_id), []
     env.action_space.seed(0)  # the same rows when made again
     obs, _ = env.reset(seed=0)
     for _ in steps:
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        yield obs, action, reward, terminated, truncated and not terminated
+        rows.append((obs, action, reward, terminated, truncated and not terminated))
         obs = next_obs
         if terminated or truncated:
             obs, _ = env.reset()
+    return [np.array(column, np.float32) for column in zip(*rows)]
 
 
 def collect_random(env_id: str, size: int, path: Path) -> None:
     """Write so many uniform rows, unless they are there and the environment is the same."""
-
-    def collect(steps) -> list[np.ndarray]:
-        return [np.array(column, np.float32) for column in zip(*uniform_rows(env_id, steps))]
-
     if path.is_file():
         few, file = range(min(size, 50)), read_hdf5(path)
-        first = collect(few)
+        first = uniform_rows(env_id, few)
         same = all(np.array_equal(x, file[name][few]) for name, x in zip(COLUMNS, first))
-        if same or not all(map(np.array_equal, first, collect(few))):
-            return  # or it draws what no seed decides
+        if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
+            return  # the same, or an environment that draws what no seed decides
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
+    columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}"))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
-        for name, column in zip(COLUMNS, collect(tqdm(range(size), f"collecting {env_id}"))):
+        for name, column in zip(COLUMNS, columns):
             file[name] = column
     part.replace(path)
 
@@ -1137,6 +1128,8 @@ def read_minari(name: str, env: gym.Env, targets: tuple) -> dict[str, np.ndarray
         dataset = importlib.import_module("minari").load_dataset(name[7:], download=True)
     rows, box = [], dataset.action_space
     with explain(f"--dataset {name}: no flat, bounded boxes, or not this task's"):
+        if not box.is_bounded():
+            raise ValueError(f"its actions are in {box}")
         for episode in dataset.iterate_episodes():
             obs, rewards = episode.observations, episode.rewards
             if targets:  # (T + 1, 59): robot 9 + 9, objects 21 + 20
@@ -1338,7 +1331,7 @@ def film(judge: Callable, args: Args) -> None:
     """--video: an episode of the policy, and beside it one of --explore's actions."""
     import imageio.v3 as imageio
 
-    print(f"video: drawing {args.video}, which can take minutes")
+    print(f"video: {args.video}, policy beside --explore {args.explore}, can take minutes")
     films = []
     for shown in ("policy", "explore"):
         env = gym.wrappers.RenderCollection(make_env(args.env_id, render_mode="rgb_array"))
@@ -1350,7 +1343,6 @@ def film(judge: Callable, args: Args) -> None:
     Path(args.video).parent.mkdir(parents=True, exist_ok=True)
     pictures = np.concatenate(films, 2)[:, ::2, ::2]
     imageio.imwrite(args.video, pictures, duration=50, loop=0)  # ms a picture
-    print(f"video: {len(pictures)} pictures, the policy's beside those of --explore {args.explore}")
 
 
 # ==== 10. Agents, the run's folder, the command line ====
@@ -1414,11 +1406,8 @@ def save(path: Path, agent: Base, rule: RewardRule, step: int, **more) -> None:
         part.replace(path)
 
 
-def load_saved(args: Args) -> dict | None:
-    """The checkpoint of --resume, the agent of --load, or None."""
-    if not (args.resume or args.load):
-        return None
-    path = args.load or f"{args.resume}/checkpoint.pt"
+def load_saved(path) -> dict:
+    """A saved agent, or a run's checkpoint, with its flags as Args."""
     with explain(f"{path}: no agent (--load) or run's folder (--resume) of this o3f.py"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["args"] = BASES[saved["args"]["base"]].Flags(**saved["args"])
@@ -1427,7 +1416,7 @@ def load_saved(args: Args) -> dict | None:
 
 def load_agent(path: str, device: str = "cpu") -> Base:
     """To act with: load_agent(path).policy(obs, sample=False)."""
-    saved = load_saved(Args(load=str(path)))
+    saved = load_saved(path)
     return make_agent(replace(saved["args"], compile=False), None, saved, torch.device(device))
 
 
@@ -1462,14 +1451,14 @@ def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -
 class Run(contextlib.ExitStack):
     """A run's folder: after a step it logs, evaluates and saves what is due."""
 
-    BOOKS = "step episode sums count scores columns".split()  # in every checkpoint
-
     def __init__(self, args, agent, buffer, generator, rule, judge, saved):
         from torch.utils.tensorboard import SummaryWriter  # slow: only if needed
 
         super().__init__()
         self.args, self.agent, self.buffer = args, agent, buffer
-        self.generator, self.rule, self.judge = generator, rule, judge
+        self.rule, self.judge = rule, judge
+        # What draws: exploration, learning on the CPU, learning on the GPU where that is.
+        self.streams = [generator, torch.default_generator, *torch.cuda.default_generators[:1]]
         self.device = buffer.rows.device.type
         self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
         self.step, self.episode = -args.offline_steps, 0
@@ -1503,13 +1492,12 @@ class Run(contextlib.ExitStack):
         self.push(self.end)
         if self.step == 0 and not self.scores:  # a loaded agent's start
             self.evaluate()
-            self.checkpoint()
 
     def end(self, kind, error, trace) -> None:
         with explain("warning: TensorBoard's file is not whole", print):
             self.board.close()
         if kind is KeyboardInterrupt:  # like a kill: resumed, it ends as if there had been none
-            print(f"\nstopped at step {self.step:,}, saved at {self.saved_step:,}; to go on:")
+            print(f"\nstopped at step {self.step:,}; to go on from the last checkpoint:")
             print(f"python {sys.argv[0]!r} --resume {str(self.folder)!r}")
 
     def bar(self, phase: str, steps: range):
@@ -1551,13 +1539,13 @@ class Run(contextlib.ExitStack):
             for name, value in values.items():
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
                 self.board.add_scalar(tag, value, self.step)
-        names = self.columns.setdefault(table, ["step", *values])
+        path, row = self.folder / f"{table}.csv", {"step": self.step} | values
+        if table not in self.columns:  # a new table, in place of a killed run's
+            self.columns[table] = list(row)
+            path.write_text(",".join(row) + "\n")
         hint = f"{table}.csv: what is logged has to be logged from the first step on"
-        with explain(hint), open(self.folder / f"{table}.csv", "a") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow({"step": self.step} | values)
+        with explain(hint), open(path, "a") as file:
+            csv.DictWriter(file, self.columns[table], lineterminator="\n").writerow(row)
 
     def evaluate(self) -> None:
         results = self.judge(self.args, self.envs)
@@ -1565,8 +1553,6 @@ class Run(contextlib.ExitStack):
         self.scores[self.step] = float(results["eval/score"])
         line = "step {:>9,}: score {eval/score:.1f} ± {eval/score_std:.1f}, Q at start "
         line += "{eval/q_start:.4g}, discounted return {eval/discounted_return:.4g}"
-        if results["eval/kendall_tau"]:
-            line += ", Kendall's τ {eval/kendall_tau:.2f}"
         tqdm.write(line.format(self.step, **results))
 
     def checkpoint(self) -> None:
@@ -1574,38 +1560,32 @@ class Run(contextlib.ExitStack):
         if not torch.isfinite(weights.sum() + self.sums.sum()):
             raise UserError(f"NaN in the agent by step {self.step}")
         buffer = self.buffer
+        books = "step episode sums count scores columns".split()
         run = {
-            "books": {name: getattr(self, name) for name in self.BOOKS},
-            "rows": buffer.rows[buffer.num_offline : buffer.filled].clone(),  # else saved whole
-            "streams": [self.generator.get_state(), torch.get_rng_state()],
-            "cuda": torch.cuda.get_rng_state_all(),  # empty without
-            "csv": {path.name: path.stat().st_size for path in self.folder.glob("*.csv")},
+            "books": {name: getattr(self, name) for name in books},
+            "rows": buffer.rows[buffer.num_offline : buffer.size].clone(),  # a view is saved whole
+            "streams": [stream.get_state() for stream in self.streams],
+            "tables": {x: (self.folder / f"{x}.csv").read_text() for x in self.columns},
             "checksum": self.checksum,
         }
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
             save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
-            self.saved_step = self.step
         self.saved_at = time.monotonic()
 
     def restore(self, saved: dict) -> None:
         if saved["checksum"] != self.checksum:
             raise UserError("--resume: the dataset has changed, put it back")
         with explain(f"--resume: not on {self.device}, where the run was not; --load its agent"):
-            self.generator.set_state(saved["streams"][0])
-            torch.set_rng_state(saved["streams"][1])
-            torch.cuda.set_rng_state_all(saved["cuda"])
+            for stream, state in zip(self.streams, saved["streams"], strict=True):
+                stream.set_state(state)
         vars(self).update(saved["books"])
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_at = time.monotonic()
         self.sums = self.sums.to(self.device)
         buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
         buffer.rows[buffer.num_offline : n] = saved["rows"]
-        buffer.filled = buffer.size.fill_(n).item()
-        for path in {*self.folder.glob("*.csv"), *map(self.folder.joinpath, saved["csv"])}:
-            path.touch()
-            text, size = path.read_bytes(), saved["csv"].get(path.name, 0)
-            if len(text) < size:
-                print(f"warning: {path} was longer when the checkpoint was written")
-            os.truncate(path, text[:size].rfind(b"\n") + 1)  # drops later rows
+        buffer.size.fill_(n)
+        for table, text in saved["tables"].items():  # drops later rows
+            (self.folder / f"{table}.csv").write_text(text)
         if self.step == self.args.online_steps:
             print("run: finished before, nothing is left to do")
 
@@ -1675,7 +1655,7 @@ def parse(argv: list[str]) -> Args:
     if first.dataset.startswith("minari:") and not given & {"env_id", "load"}:
         raise UserError(f"--dataset {first.dataset}: name its environment with --env-id")
     if first.load:
-        default = replace(load_saved(first)["args"], run_dir="", resume="", video="")
+        default = replace(load_saved(first.load)["args"], run_dir="", resume="", video="")
     else:
         default = preset(first.env_id, first.base)  # what --help shows
     return read(type(default), default=default)
@@ -1683,10 +1663,13 @@ def parse(argv: list[str]) -> Args:
 
 def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
     """Refuse the first flag that makes no sense, and say what would."""
-    saved = load_saved(args)
+    saved = None
     if args.resume:
+        saved = load_saved(f"{args.resume}/checkpoint.pt")
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
+    elif args.load:
+        saved = load_saved(args.load)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         kinds = [kind, *get_args(kind)]
@@ -1711,8 +1694,6 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
             then, now = vars(saved["args"]).get(name), vars(args).get(name)
             if then != now:
                 raise UserError(f"the saved agent has {name} {then}, this run {now}")
-    if args.base == "lapo" and args.subset_size > args.num_critics:
-        raise UserError(f"--subset-size {args.subset_size}: more than there are critics")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
     if args.video:  # can it be drawn at all?
@@ -1738,7 +1719,7 @@ def cli(argv: list[str]) -> int:
             main(args)
         return 0
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a fault of the program's
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2

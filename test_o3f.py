@@ -1578,7 +1578,7 @@ def test_a_loaded_run_can_be_resumed_from_its_start(home, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_in_update(patch, 7)
         assert cli(load + "a") == 130
-    assert "stopped at step 6, saved at 0; to go on:" in capsys.readouterr().out
+    assert "stopped at step 6; to go on" in capsys.readouterr().out
     assert cli("--resume a") == 0
     assert_same_run("whole", "a")
 
@@ -1590,7 +1590,7 @@ def test_ctrl_c_online_prints_a_command_that_goes_on(home, monkeypatch, capsys):
         stop_in_update(patch, 25 + 230)
         assert o3f.cli([*(PENDULUM + EVERY).split(), "--run-dir", "it's a"]) == 130
     *_, lost, command = capsys.readouterr().out.splitlines()
-    assert lost == "stopped at step 229, saved at 200; to go on:"  # the end of an episode
+    assert lost == "stopped at step 229; to go on from the last checkpoint:"
     assert shlex.split(command)[2:] == ["--resume", "it's a"]
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -1815,7 +1815,6 @@ BAD_FLAGS = {
     "--env-id kitchen-mixd-v0": "try kitchen-mixed-v0",
     "--env-id CartPole-v1 --dataset random": "Discrete(2)",
     "--env-id Pendulum-v1": "--dataset random",
-    "--base lapo --subset-size 6": "more than there are critics",
     "--num-candidates 0": "--num-candidates 0: give a number from 1 to",
     "--gamma 1.5": "gamma 1.5: give a number from 0 to 1",
     "--sigma -1": "sigma -1.0: give a number from 0",
@@ -2437,7 +2436,7 @@ def test_numpys_flags_become_plain_or_are_refused_by_name(home):
     flags |= dict(hidden_dim=8, batch_size=8, eval_episodes=1, num_candidates=2, layer_norm=np.True_)
     args = o3f.IQLArgs("O3FStranger-v0", **flags)
     o3f.main(args)
-    saved = o3f.load_saved(o3f.Args(load="run/agent_final.pt"))["args"]
+    saved = o3f.load_saved("run/agent_final.pt")["args"]
     assert type(saved.sigma) is float and type(saved.dataset_size) is int and saved.layer_norm is True
     for name, value in (("sigma", "0.2"), ("utd", 1.5), ("layer_norm", "no"), ("explore", "best")):
         with pytest.raises(o3f.UserError, match=name.replace("_", "-")):
@@ -2456,11 +2455,8 @@ def test_tables_shorter_than_their_checkpoint_says(home, capsys):
     Path("run/episodes.csv").unlink()
     os.unlink("run/agent_final.pt")
     assert cli("--resume run") == 0
-    out = capsys.readouterr().out
-    assert "metrics.csv was longer" in out and "episodes.csv was longer" in out
-    rows = read_table("run/metrics.csv")
-    assert all(None not in row.values() and None not in row for row in rows)
-    assert int(rows[-1]["step"]) == 13
+    assert Path("run/metrics.csv").read_text() == text
+    assert len(read_table("run/episodes.csv")) == 2
 
 
 def test_a_metric_that_is_not_always_there_is_named(home, monkeypatch, capsys):
@@ -2604,7 +2600,7 @@ def test_weights_that_are_no_numbers_are_not_saved(home, monkeypatch, capsys):
 
 
 def test_uniform_rows_come_out_the_same_and_a_small_std_stays():
-    one, two = (list(zip(*o3f.uniform_rows("Pendulum-v1", range(30)))) for _ in "ab")
+    one, two = (o3f.uniform_rows("Pendulum-v1", range(30)) for _ in "ab")
     assert all(np.array_equal(x, y) for x, y in zip(one, two))
     x = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32) * [0.009, 0.011]
     mean, std = torch.zeros(2), torch.ones(2)
