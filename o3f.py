@@ -21,8 +21,8 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
                       s', r, d ← environment(a_t);  D ← D ∪ {(s, a_t, r, s', d)}
                       π, Q₁…Q_m ← Update(π, Q, batch of D)            the same Update
 
-Trained on an offline objective, a policy stays near its data and tries nothing new online; to
-change the objective there can destroy what was learned. O3F changes only which action is tried.
+Trained on an offline objective, a policy stays near its data and tries nothing new online; a new
+objective there can destroy what was learned. O3F changes only which action is tried.
 
 Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one)
            N, σ, ω  number of candidates, their std, weight of the critics' std
@@ -69,7 +69,7 @@ from gymnasium.envs.mujoco import MujocoEnv, ant_v5
 from tqdm import tqdm
 
 # ==== 1. Flags ====
-Share = Annotated[float, 0, 1]  # with the lowest and the highest value that makes sense
+Share = Annotated[float, 0, 1]  # a type, the lowest and highest value that make sense
 Amount = Annotated[float, 0, 1e9]
 Count = Annotated[int, 1, 1e9]
 Steps = Annotated[int, 0, 1e9]
@@ -77,7 +77,7 @@ Steps = Annotated[int, 0, 1e9]
 
 @dataclass
 class Args:
-    """Flags of all bases; each one's own stand beside it (§5), other tasks' values in §7."""
+    """Flags of all bases. A base's own stand beside it (§5), the values for other tasks in §7."""
 
     env_id: str = "halfcheetah-random-v2"  # a D4RL task, or any gymnasium id (also module:Id)
     base: Literal["iql", "lapo", "awac", "so2"] = "iql"  # offline algorithm that is fine-tuned
@@ -98,11 +98,11 @@ class Args:
     tau: Share = 0.005  # rate of the slow copies per update (papers 0.005); more = less stable
     num_critics: Count = 5  # m, critics (paper 5); more = a lower minimum, slower
     hidden_dim: Count = 256  # units per hidden layer (papers 256); more = slower
-    layer_norm: bool = True  # LayerNorm in the critics (ours; papers no, LAPO, SO2 no): see MLP
+    layer_norm: bool = True  # LayerNorm in the critics (ours; not for LAPO, SO2): see MLP
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
     num_candidates: Count = 100  # N, actions to choose from (paper 100); more = greedier
-    sigma: Amount = 0.2  # candidates' std (0.2; ant maze, kitchen 0.05, IQL's 0.01); more = bolder
+    sigma: Amount = 0.2  # candidates' std (0.2; ant maze, kitchen 0.05; 0.01 ours); more = bolder
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
     proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
@@ -110,7 +110,7 @@ class Args:
     # -- evaluation --
     eval_every: Count = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: Count = 10  # episodes per evaluation; more = less noise, slower
-    eval_action: Literal["policy", "explore"] = "policy"  # what is scored: π's mean, or --explore
+    eval_action: Literal["policy", "explore"] = "policy"  # score π's mean, or --explore around it
     # -- run --
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
     resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
@@ -140,7 +140,7 @@ class EnsembleLinear(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """linear, LayerNorm if asked for, ReLU, dropout per hidden size, then linear."""
+    """Per hidden size linear, LayerNorm if asked for, ReLU, dropout; then a last linear."""
 
     def __init__(self, sizes: list[int], linear=nn.Linear, dropout=0.0, layer_norm=False):
         layers = []
@@ -246,10 +246,10 @@ def optimistic_action(  # new in O3F
     q = q_values(obs.repeat_interleave(N, 0), candidates.flatten(0, 1)).unflatten(1, (B, N))
     q_mean = q.mean(0)  # (B, N)
     score = q_mean + omega * q.std(0, correction=0)  # new in O3F: Eq. 2, a std that divides by m
-    best = score.argmax(1)  # new in O3F: a_t
+    best = score.argmax(1)  # new in O3F: which candidate is a_t
     rows = torch.arange(B, device=action.device)
-    # Optimism: the chosen candidate's mean Q, less the mean over all candidates, which is what
-    # --explore noise gets in expectation: what the choice claims to gain.
+    # Optimism, what the choice claims to gain: the chosen candidate's mean Q, less the mean over
+    # all candidates, which --explore noise gets in expectation.
     return candidates[rows, best], q_mean[rows, best] - q_mean.mean(1)
 
 
@@ -278,8 +278,8 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
-    Flags          its dataclass of flags, and in __init__ its networks, with critics qf: Critics
-    update(batches) -> dict   learn from this list of Batch; 0-dim tensors to log, of the last one
+    Flags, __init__   a dataclass of flags (with standardise); networks, the critics as qf: Critics
+    update(batches) -> dict   learn from this list of Batch; metrics of the last, 0-dim tensors
     act(obs, sample, generator) -> (B, A)   π's sample or deterministic action at standardised obs
     """
 
@@ -289,7 +289,7 @@ class Base(nn.Module):
         # What a base remembers is a buffer or a parameter: those are saved with it.
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        # Told by main, not saved: is this the online phase, and which share of it is over?
+        # Set by main, not saved: is this the online phase, and which share of it is over?
         self.online = False
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64), persistent=False)
 
@@ -358,7 +358,7 @@ class Weighted(Base):
         return metrics
 
     def at_present(self, offline: float, online: float | None):
-        """β or κ: O3F's Fig. 3, which motivates it, has another objective online."""
+        """β or κ now: O3F's Fig. 3 changes the objective online, which O3F is an answer to."""
         if not self.online or online is None:
             return offline
         share = self.progress if self.args.anneal == "linear" else 1.0
@@ -373,7 +373,7 @@ class Weighted(Base):
         weight = advantage_weights(adv, beta, args.exp_adv_max)  # (B,)
         mean, log_std = self.actor.train()(obs), self.log_std()  # dropout is on only here
         loss = (weight * gaussian_nll(actions, mean, log_std)).mean()
-        # Effective sample size: 1, all rows count alike; 1/B, one row rules.
+        # Effective sample size, a share: 1, all rows count alike; 1/B, one row rules.
         average = weight.mean()
         ess = average**2 / ((weight**2).mean() + 1e-12)
         metrics = {"losses/actor": loss.detach(), "adv_weight": average}
@@ -448,7 +448,7 @@ class AWAC(Weighted):
         return -6.0 + 6.0 * torch.sigmoid(self.actor.log_std)
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One update of actor and critics, both from the critics before it."""
+        """One update of actor and critics; both losses use the critics from before it."""
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
             # y = r + γ(1 − d)·min_j Q̂_j(s', a'), a' ~ π(·|s').
@@ -473,8 +473,8 @@ class LAPOArgs(Args):
     latent_dim: Count | None = None  # size of z (paper, None: 2·|A|); more = finer actions
     max_latent: Amount = 2.0  # limit of |z_i| (paper 2); more = rarer actions
     latent_noise: Amount = 0.1  # std on z, cut at 2 std (paper 0.1); more = smoother V
-    kl_weight: Amount = 1.0  # of the CVAE's KL (paper 1); more = z says less
-    good_weight: Share = 0.9  # of what beats V, 1 - it of the rest (paper 0.9); 0.5 = clone
+    kl_weight: Amount = 1.0  # weight of the CVAE's KL (paper 1); more = z says less
+    good_weight: Share = 0.9  # weight of rows that beat V, the rest's is 1 - it (0.9); 0.5 = clone
 
 
 class LAPO(Base):
@@ -483,7 +483,7 @@ class LAPO(Base):
     # A conditional VAE, encoder (s, a) → z, decoder (s, z) → a, prior z ~ N(0, I), learns to
     # reproduce the data's actions, above all those that beat V. The policy chooses z, |z_i| ≤ 2,
     # and the decoder turns it into an action: where the prior has its mass, one like the data's.
-    # Networks see standardised actions, too; policy and q_values speak the environment's units.
+    # Networks see standardised actions, too; policy() gives, q_values() takes those of the box.
     Flags = LAPOArgs
 
     def __init__(self, args: LAPOArgs, obs_dim: int, act_dim: int):
@@ -524,7 +524,7 @@ class LAPO(Base):
         self.v_max.clamp_(min=scale * rewards.amax())
 
     def decode(self, obs, actor, decoder, noisy=False, generator=None) -> torch.Tensor:
-        """Dec(s, z), z = 2·tanh(π_z(s)), and + clip(0.1·ε, ±0.2) if noisy: (B, O) -> (B, A)."""
+        """Dec(s, z), z = π_z(s) = 2·tanh(MLP(s)), noisy + clip(0.1·ε, ±0.2): (B, O) -> (B, A)."""
         z = self.args.max_latent * torch.tanh(actor(obs))
         if noisy:
             noise = torch.randn(z.shape, device=z.device, generator=generator)
@@ -586,7 +586,7 @@ class LAPO(Base):
             adv = td_target(rewards, ends, next_q, args.gamma) - self.vf(obs).squeeze(-1)
             weight = torch.where(adv > 0, args.good_weight, 1.0 - args.good_weight)  # (B,)
         mean, log_var = self.encoder(torch.cat([obs, actions], -1)).chunk(2, -1)  # (B, Z) each
-        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # gradients reach both
+        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # gradients reach mean, log_var
         # Σ(â − a)² is −log N(a; â, ½·I) + const: with the KL, the negative ELBO of a VAE.
         error = ((self.decoder(torch.cat([obs, z], -1)) - actions) ** 2).sum(-1)  # (B,)
         kl = kl_to_standard_normal(mean, log_var)
@@ -623,8 +623,9 @@ class SO2(Base):
     # them, which is low where data is thin. Online each critic has its own target, no minimum,
     # at a next action with noise (perturbed value update), and ten updates a step. The actor keeps
     # the minimum in both phases. So O3F changes what is tried, SO2 what is learned from it.
-    # Ours: o3f on top of it; no diversity term (EDAC), no warm-up; Adam, batch, rate carry on;
-    # PyTorch's initial weights (EDAC: hidden biases 0.1, last layers ±3e-3, the actor's ±1e-3).
+    # Ours: o3f on top of it; 5 critics (10; hopper 50), batches of 256 (2,560), no warm-up, Adam
+    # carries on; no diversity term (EDAC); PyTorch's initial weights (EDAC: hidden biases 0.1, last
+    # layers ±3e-3, the actor's ±1e-3).
     Flags = SO2Args
 
     def __init__(self, args: SO2Args, obs_dim: int, act_dim: int):
@@ -641,7 +642,7 @@ class SO2(Base):
         log_std = nn.functional.hardtanh(log_std, -5.0, 2.0)  # clamped
         noise = torch.randn(mean.shape, device=obs.device, generator=generator)
         u = mean + log_std.exp() * noise
-        # log(1 − tanh²u), tanh's slope, as log(4/(eᵘ + e⁻ᵘ)²), which is finite for any u.
+        # log(1 − tanh²u), of tanh's slope, as log(4/(eᵘ + e⁻ᵘ)²), which is finite for any u.
         log_slope = 2.0 * (np.log(2.0) - u - nn.functional.softplus(-2.0 * u)).sum(-1)
         log_density = -gaussian_nll(u, mean, log_std)
         return torch.tanh(u), log_density - log_slope
@@ -664,10 +665,10 @@ class SO2(Base):
             next_action, log_prob = self.draw(next_obs)
             if self.online:  # Q̂_j at a' + clip(ε, ±2 std), log π still of a'
                 noise = torch.randn_like(next_action).clamp(-2.0, 2.0)
-                next_action = (next_action + self.args.target_noise * noise).clamp(-1.0, 1.0)
-            next_q = self.qf_target(next_obs, next_action)  # (m, B)
-            if not self.online:
-                next_q = next_q.amin(0)  # (B,)
+                noisy = (next_action + self.args.target_noise * noise).clamp(-1.0, 1.0)
+                next_q = self.qf_target(next_obs, noisy)  # (m, B)
+            else:
+                next_q = self.qf_target(next_obs, next_action).amin(0)  # (B,)
             target = td_target(rewards, ends, next_q - self.alpha() * log_prob, self.args.gamma)
         q = self.qf(obs, actions)  # (m, B)
         qf_loss = ensemble_mse(q, target)
@@ -737,7 +738,7 @@ def main(args: Args) -> dict:
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id), stats_key="o3f")
-    data, reward_rule = load_dataset(args, task, env, saved)  # which r and d to learn from
+    data, reward_rule = load_dataset(args, task, env, saved)  # rule: r, d to learn from
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
     judge = functools.partial(evaluate, agent, reward_rule, task, eval_seed)
@@ -750,8 +751,8 @@ def main(args: Args) -> dict:
 
         # O3F's Algorithm 1: objective (SO2 changes it), buffer and optimiser carry on.
         agent.online = True
-        sizes = args.batch_size, args.utd, args.offline_ratio
-        update = recorded(lambda: agent.update(buffer.sample(*sizes)), device)
+        draw = args.batch_size, args.utd, args.offline_ratio
+        update = recorded(lambda: agent.update(buffer.sample(*draw)), device)
         seen = torch.zeros(1, agent.sizes[0], device=device)  # the observation, (1, O)
         explore = recorded(lambda: explore_action(agent, seen, args, generator), device, generator)
         # Reset twice: the first draws what is drawn once (the goal of ant mazes v1), then
@@ -773,7 +774,7 @@ def main(args: Args) -> dict:
             if terminated or truncated:
                 obs, _ = env.reset(seed=env_seed + run.episode)
         run.finish()
-    if args.video:  # at the end: EGL's libraries, loaded first, crash triton's
+    if args.video:  # last: EGL's libraries, loaded before triton's, crash them
         film(judge, args)
     return dict(folder=run.folder, scores=run.scores)
 
@@ -785,14 +786,14 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explain(hint: str, say: Callable | None = None):
-    """An exception becomes a UserError that starts with hint, or goes to `say`."""
+    """An exception becomes a UserError that starts with hint; with `say`, a line given to it."""
     try:
         yield
     except Exception as error:
         if say is None and isinstance(error, UserError):
             raise  # it is a line already
         reason = str(error)
-        if not reason or "\n" in reason:  # many lines are advice, torch's to run a file's code, say
+        if not reason or "\n" in reason:  # many lines are advice, such as torch's
             reason = type(error).__name__
         if say is None:
             raise UserError(f"{hint}: {reason}") from error
@@ -803,7 +804,7 @@ class Task(NamedTuple):
     family: str  # locomotion, kitchen, antmaze or other
     gym_id: str = ""  # empty where this file has the environment
     low: float = 0.0  # return that scores 0 (d4rl's infos.py)
-    high: float = 100.0  # that scores 100; without a range the score is the return
+    high: float = 100.0  # return that scores 100; by default the score is the return
     targets: tuple[str, ...] = ()  # sub-tasks of a kitchen that pay
 
     def score(self, returns):  # D4RL's, of undiscounted raw rewards
@@ -862,7 +863,7 @@ def preset(env_id: str, base: str, **flags) -> Args:
     return BASES[base].Flags(env_id, base, **(values | flags))
 
 
-def d4rl_dir() -> Path:  # to import d4rl takes the MuJoCo of 2021
+def d4rl_dir() -> Path:  # of files: `import d4rl` wants the MuJoCo of 2021
     with explain("package d4rl is missing: pip install --no-deps d4rl==1.1"):
         return Path(importlib.util.find_spec("d4rl").submodule_search_locations[0])
 
@@ -870,7 +871,7 @@ def d4rl_dir() -> Path:  # to import d4rl takes the MuJoCo of 2021
 def make_env(env_id: str, **kwargs) -> gym.Env:
     """A task's environment: float32 observations, actions in the ±1 box, a time limit."""
     task, steps = get_task(env_id), 1000  # an evaluation has to end
-    mujoco.set_mju_user_warning(warnings.warn)  # not into a file
+    mujoco.set_mju_user_warning(warnings.warn)  # else it writes MUJOCO_LOG.TXT
     if task.family == "kitchen":
         env, steps = KitchenEnv(task.targets, **kwargs), 280
     elif task.family == "antmaze":
@@ -931,7 +932,7 @@ KITCHEN_GOALS = {  # object: where in an observation, and its goal
 
 
 def kitchen_done(obs: np.ndarray, targets: tuple) -> np.ndarray:
-    done = []  # near their goals: (..., ≥ 30) -> (..., k)
+    done = []  # which targets are near their goals: (..., ≥ 30) -> (..., k)
     for target in targets:
         index, goal = KITCHEN_GOALS[target]
         done.append(np.linalg.norm(obs[..., index] - goal, axis=-1) < 0.3)
@@ -954,7 +955,7 @@ class KitchenEnv(D4RLEnv):
 
     # obs (60,): 9 robot joints, 21 object joints, 30 goal entries; rad and m.
     # action (9,): ±1 is ±2 rad/s (fingers m/s), held for 0.08 s.
-    # reward: 1 for each sub-task, when first satisfied; terminated once all are.
+    # reward: 1 for each sub-task, when first satisfied; terminated once each has been.
     def __init__(self, targets: tuple[str, ...], noise_ratio: float = 0.1, **kwargs):
         view = dict(lookat=np.array([-0.2, 0.5, 2.0]), distance=2.2, azimuth=70, elevation=-35)
         super().__init__(kitchen_model(), 40, 60, view, **kwargs)  # 40 steps of 2 ms
@@ -1012,7 +1013,7 @@ class AntMazeEnv(D4RLEnv):
         wall = dict(type=mujoco.mjtGeom.mjGEOM_BOX, size=[2, 2, 1], contype=1, conaffinity=1)
         for row, column in 4.0 * (np.argwhere(cells == "#") - start):
             spec.worldbody.add_geom(pos=[column, row, 1], **wall)
-        # For films. Compiled at 0, MuJoCo would take it for fixed.
+        # The goal's mark in films; compiled at 0, MuJoCo would take it for fixed.
         spec.worldbody.add_site(name="goal", pos=[1, 1, 0], size=[0.5] * 3)
         y, x = 2.0 * np.array(cells.shape) - 2.0 - 4.0 * start  # the middle
         view = dict(lookat=np.array([x, y, 0.0]), azimuth=90, elevation=-80)
@@ -1024,7 +1025,7 @@ class AntMazeEnv(D4RLEnv):
         return np.concatenate([self.data.qpos, self.data.qvel])
 
     def start(self):
-        # D4RL draws both.
+        # D4RL draws twice.
         jitter = self.np_random.uniform(0.0, 1.0, 2) + self.np_random.uniform(0.0, 0.5, 2)
         if self.goal is None or self.moves:
             self.goal = np.maximum(self.goal_cell + jitter, 0.0)
@@ -1155,7 +1156,7 @@ def check_columns(columns: dict, env: gym.Env) -> None:
         if name in ("terminals", "timeouts"):
             kind, needs, fine = bool, "0 or 1", np.isin(column, (0, 1))
         else:
-            with np.errstate(over="ignore"):  # becomes inf, and is refused
+            with np.errstate(over="ignore"):  # what overflows is inf, and refused
                 column = column.astype(np.float32)
             kind, needs, fine = np.float32, "finite numbers", np.isfinite(column)
         if not fine.all():
@@ -1181,8 +1182,8 @@ def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
 
 
 def to_transitions(columns: dict) -> dict[str, np.ndarray]:  # d4rl.qlearning_dataset
-    # s' is the next row's observation: a row at a time limit goes, and so does the last one.
-    # After a terminal it is another episode's, but 1 − d = 0 takes it out.
+    # s' is the next row's observation: a row at a time limit has none, nor has the last row.
+    # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
     columns = {"next_observations": np.roll(columns["observations"], -1, 0)} | columns
     columns["terminations"] = columns["terminals"]
     keep = ~columns["timeouts"]
@@ -1245,9 +1246,10 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
     returns = np.add.reduceat(columns["rewards"], starts, dtype=np.float64)
     obs, actions, rewards, next_obs, ends = data.values()
     rewards, ends = RewardRule(1.0, 0.0, targets)(obs, rewards, next_obs, ends)
-    scale, shift = scale_and_shift(args.reward_transform, rewards, returns)
     if saved:  # its critics are in that rule's units
         scale, shift = saved["rule"]
+    else:
+        scale, shift = scale_and_shift(args.reward_transform, rewards, returns)
     data["rewards"] = (scale * rewards + shift).astype(np.float32)
     data["terminations"] = ends.astype(np.float32)
     if args.base in ("iql", "awac"):  # as in IQL's authors' code
@@ -1288,7 +1290,7 @@ def evaluate(agent: Base, rule, task: Task, seed: int, args: Args, envs: list) -
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, lengths = np.zeros(n), np.zeros(n, int)
     running, ended = np.ones(n, bool), np.zeros(n, bool)
-    q, rewards = [], []  # by step, (n,) each; 0 after an episode's end
+    q, rewards = [], []  # by step, (n,) each; rewards are 0 after an episode's end
     while running.any():
         obs_tensor = torch.as_tensor(obs, device=device)
         actions, _ = explore_action(agent, obs_tensor, args, generator)
@@ -1346,9 +1348,9 @@ def film(judge: Callable, args: Args) -> None:
 
 
 # ==== 10. Agents, the run's folder, the command line ====
-# In which a saved agent and its new run must agree.
+# Flags in which a saved agent and the run that loads it must agree.
 IDENTITY = "env_id base kitchen_rewards reward_transform gamma layer_norm standardise"
-# In which the runs of one curve may differ.
+# What two runs of one curve need not share (--explore is a curve's name).
 OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_minutes"
 OWN += " versions pretraining eval_every explore"
 
@@ -1457,13 +1459,14 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.args, self.agent, self.buffer = args, agent, buffer
         self.rule, self.judge = rule, judge
-        # What draws: exploration, learning on the CPU, learning on the GPU where that is.
-        self.streams = [generator, torch.default_generator, *torch.cuda.default_generators[:1]]
         self.device = buffer.rows.device.type
+        self.streams = [generator, torch.default_generator]  # what draws
+        if self.device == "cuda":
+            self.streams.append(torch.cuda.default_generators[0])
         self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
         self.step, self.episode = -args.offline_steps, 0
-        self.scores, self.columns = {}, {}  # by step; of each table
-        self.sums, self.count = torch.zeros((), device=self.device), 0  # of metrics
+        self.scores, self.columns = {}, {}  # by step; each table's names
+        self.sums, self.count = torch.zeros((), device=self.device), 0  # metrics since the last row
         self.checksum = zlib.crc32(buffer.rows[: buffer.num_offline].cpu().numpy())
         name = f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}"
         name = re.sub("[/:]", "-", name) + time.strftime(f"-%Y%m%d-%H%M%S-{os.getpid()}")
@@ -1526,7 +1529,7 @@ class Run(contextlib.ExitStack):
             self.evaluate()
         if step == 0:
             save(self.folder / "agent_offline.pt", self.agent, self.rule, step)
-        # Online only between episodes, when no simulator is in mid-air.
+        # Online only between episodes: a simulator's state within one is not saved.
         minutes = (time.monotonic() - self.saved_at) / 60
         if step == 0 or (minutes >= args.checkpoint_minutes and (step < 0 or episode)):
             self.checkpoint()
@@ -1662,7 +1665,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
-    """Refuse the first flag that makes no sense, and say what would."""
+    """Load what a run starts from; refuse the first flag that makes no sense."""
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
@@ -1683,8 +1686,7 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         if float in types:
             types.append(int)
         if type(value) not in types and value not in kinds:
-            wanted = ", ".join(map(str, get_args(kind) or [kind]))
-            raise UserError(f"{flag} {value!r}: give one of {wanted}")
+            raise UserError(f"{flag} {value!r}: give a value of {kind}")
         setattr(args, name, value)
         for low, high in [x.__metadata__ for x in kinds if hasattr(x, "__metadata__")]:
             if value is not None and not low <= value <= high:  # NaN is in no range
@@ -1696,7 +1698,7 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
                 raise UserError(f"the saved agent has {name} {then}, this run {now}")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
-    if args.video:  # can it be drawn at all?
+    if args.video:  # does the environment know rgb_array?
         make_env(args.env_id, render_mode="rgb_array")
     if Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
