@@ -1043,6 +1043,7 @@ class AntMazeEnv(D4RLEnv):
 
 # ==== 8. Data ====
 COLUMNS = "observations actions rewards terminals timeouts".split()
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 
 def find_file(args: Args) -> Path:
@@ -1070,7 +1071,7 @@ def download(env_id: str, cache: Path) -> Path:
     url = table.get(env_id) or re.search(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
     path, failures = cache / Path(url).name, []
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
-    for source in (url, f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.name}"):
+    for source in (url, f"{MIRROR}/{path.name}"):
         with explain(source, failures.append):
             pooch.retrieve(source, None, path.name, cache, downloader=fetch)
             h5py.File(path).close()
@@ -1594,6 +1595,7 @@ class Run(contextlib.ExitStack):
 
     def finish(self) -> None:
         save(self.folder / "agent_final.pt", self.agent, self.rule, self.step)
+        self.checkpoint()
         print(f"score {self.scores[self.step]:.1f}; files in {self.folder}")
 
 
@@ -1698,8 +1700,10 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
                 raise UserError(f"the saved agent has {name} {then}, this run {now}")
     if args.video and not args.video.endswith(".gif"):
         raise UserError(f"--video {args.video}: give a file that ends in .gif")
-    if args.video:  # does the environment know rgb_array?
-        make_env(args.env_id, render_mode="rgb_array")
+    if args.video:
+        env = make_env(args.env_id, render_mode="rgb_array")
+        if "rgb_array" not in env.metadata.get("render_modes", []):
+            raise UserError(f"--video: {args.env_id} has no render mode rgb_array")
     if Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
     if args.device == "cuda" and not torch.cuda.is_available():
