@@ -1564,15 +1564,13 @@ class Run(contextlib.ExitStack):
         if not torch.isfinite(weights.sum() + self.sums.sum()):
             raise UserError(f"NaN in the agent by step {self.step}")
         buffer = self.buffer
-        books = "step episode sums count scores columns".split()
-        run = {
-            "books": {name: getattr(self, name) for name in books},
-            "rows": buffer.rows[buffer.num_offline : buffer.size].clone(),  # a view is saved whole
-            "streams": [stream.get_state() for stream in self.streams],
-            "tables": {x: (self.folder / f"{x}.csv").read_text() for x in self.columns},
-            "checksum": self.checksum,
-        }
+        books = dict(step=self.step, episode=self.episode, sums=self.sums, count=self.count)
+        run = dict(books=books | dict(scores=self.scores, columns=self.columns))
+        run["rows"] = buffer.rows[buffer.num_offline : buffer.size].clone()  # a view is saved whole
+        run["streams"] = [stream.get_state() for stream in self.streams]
+        run["checksum"] = self.checksum
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
+            run["tables"] = {x: (self.folder / f"{x}.csv").read_text() for x in self.columns}
             save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
         self.saved_at = time.monotonic()
 
