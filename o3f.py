@@ -1105,7 +1105,7 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
             return  # the same, or an environment that draws what no seed decides
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
-    columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}"))
+    columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(part, "w") as file:
@@ -1483,9 +1483,6 @@ class Run(contextlib.ExitStack):
         if args.resume:
             self.restore(saved)
         else:
-            # A run killed before its first checkpoint left these at most.
-            if set(os.listdir(self.folder)) - {".lock", "config.json", "checkpoint.pt.part"}:
-                raise UserError(f"--run-dir {self.folder}: not empty, choose a new one")
             libraries = {x.__name__: x.__version__ for x in (torch, np, gym, mujoco)}
             config = asdict(args) | dict(versions=libraries)
             if args.load:
@@ -1501,7 +1498,8 @@ class Run(contextlib.ExitStack):
         with explain("warning: TensorBoard's file is not whole", print):
             self.board.close()
         if kind is KeyboardInterrupt:  # like a kill: resumed, it ends as if there had been none
-            print(f"\nstopped at step {self.step:,}; to go on from the last checkpoint:")
+            minutes = (time.monotonic() - self.saved_at) / 60
+            print(f"\nstopped at step {self.step:,}; to go on from {minutes:.1f} minutes before:")
             print(f"python {sys.argv[0]!r} --resume {str(self.folder)!r}")
 
     def bar(self, phase: str, steps: range):
@@ -1702,6 +1700,10 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         env = make_env(args.env_id, render_mode="rgb_array")
         if "rgb_array" not in env.metadata.get("render_modes", []):
             raise UserError(f"--video: {args.env_id} has no render mode rgb_array")
+    if args.run_dir and not args.resume:
+        # A run killed before its first checkpoint left these at most.
+        if set(glob.glob("*", root_dir=args.run_dir)) - {"config.json", "checkpoint.pt.part"}:
+            raise UserError(f"--run-dir {args.run_dir}: not empty, choose a new one")
     if Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
     if args.device == "cuda" and not torch.cuda.is_available():

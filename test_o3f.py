@@ -1378,7 +1378,7 @@ def test_a_run_stopped_at_once_resumes(home, monkeypatch, capsys):
     assert cli(QUICK + "--run-dir whole") == 0
     stop(QUICK + '--run-dir "it\'s a"', -5, monkeypatch)
     *_, lost, command = capsys.readouterr().out.splitlines()
-    assert lost == "stopped at step -5; to go on from the last checkpoint:"
+    assert lost == "stopped at step -5; to go on from 0.0 minutes before:"
     python, _, *flags = shlex.split(command)
     assert python == "python" and flags == ["--resume", "it's a"]
     assert o3f.cli(flags) == 0
