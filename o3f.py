@@ -1470,7 +1470,7 @@ class Run(contextlib.ExitStack):
         self.sums, self.count = torch.zeros((), device=self.device), 0  # metrics since the last row
         self.checksum = zlib.crc32(buffer.rows[: buffer.num_offline].cpu().numpy())
         name = f"{args.env_id}-{args.base}-{args.explore}-s{args.seed}"
-        name = re.sub("[/:]", "-", name) + time.strftime(f"-%Y%m%d-%H%M%S-{os.getpid()}")
+        name = re.sub("[/:]", "-", name) + time.strftime(f"-%Y%m%d-%H%M%S-{time.time_ns() % 10**9}")
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:  # the system frees it, however the process ends
