@@ -46,6 +46,7 @@ import glob
 import importlib.util
 import json
 import os
+import pickle
 import re
 import runpy
 import sys
@@ -714,7 +715,7 @@ class ReplayBuffer:
         row = np.concatenate([obs, action, [reward], next_obs, [end]]).astype(np.float32)
         if not np.isfinite(row).all():
             raise UserError("the environment gave NaN or inf; --load an earlier agent")
-        self.rows[self.size] = torch.from_numpy(row).to(self.rows.device)
+        self.rows.index_put_((self.size,), torch.from_numpy(row).to(self.rows.device))
         self.size += 1
 
     def sample(self, batch_size: int, batches: int = 1, offline_ratio: float | None = None):
@@ -792,8 +793,8 @@ def explain(hint: str, say: Callable | None = None):
     except Exception as error:
         if say is None and isinstance(error, UserError):
             raise  # it is a line already
-        reason = str(error)
-        if not reason or "\n" in reason:  # many lines are advice, such as torch's
+        reason = " ".join(str(error).split("\n")[:2])
+        if not reason or isinstance(error, pickle.UnpicklingError):  # torch's is bad advice
             reason = type(error).__name__
         if say is None:
             raise UserError(f"{hint}: {reason}") from error
@@ -1105,9 +1106,9 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
             return  # the same, or an environment that draws what no seed decides
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
-    columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     with h5py.File(part, "w") as file:
         for name, column in zip(COLUMNS, columns):
             file[name] = column
@@ -1465,7 +1466,8 @@ class Run(contextlib.ExitStack):
         if self.device == "cuda":
             self.streams.append(torch.cuda.default_generators[0])
         self.envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
-        self.step, self.episode = -args.offline_steps, 0
+        self.step = self.saved_step = -args.offline_steps
+        self.episode = 0
         self.scores, self.columns = {}, {}  # by step; each table's names
         self.sums, self.count = torch.zeros((), device=self.device), 0  # metrics since the last row
         self.checksum = zlib.crc32(buffer.rows[: buffer.num_offline].cpu().numpy())
@@ -1498,8 +1500,7 @@ class Run(contextlib.ExitStack):
         with explain("warning: TensorBoard's file is not whole", print):
             self.board.close()
         if kind is KeyboardInterrupt:  # like a kill: resumed, it ends as if there had been none
-            minutes = (time.monotonic() - self.saved_at) / 60
-            print(f"\nstopped at step {self.step:,}; to go on from {minutes:.1f} minutes before:")
+            print(f"\nstopped at step {self.step:,}, saved at {self.saved_step:,}; to go on:")
             print(f"python {sys.argv[0]!r} --resume {str(self.folder)!r}")
 
     def bar(self, phase: str, steps: range):
@@ -1542,7 +1543,7 @@ class Run(contextlib.ExitStack):
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
                 self.board.add_scalar(tag, value, self.step)
         path, row = self.folder / f"{table}.csv", {"step": self.step} | values
-        if table not in self.columns:  # a new table, in place of a killed run's
+        if table not in self.columns or not path.is_file():  # in place of a killed run's
             self.columns[table] = list(row)
             path.write_text(",".join(row) + "\n")
         hint = f"{table}.csv: what is logged has to be logged from the first step on"
@@ -1570,6 +1571,7 @@ class Run(contextlib.ExitStack):
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
             run["tables"] = {x: (self.folder / f"{x}.csv").read_text() for x in self.columns}
             save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
+            self.saved_step = self.step
         self.saved_at = time.monotonic()
 
     def restore(self, saved: dict) -> None:
@@ -1579,7 +1581,7 @@ class Run(contextlib.ExitStack):
             for stream, state in zip(self.streams, saved["streams"], strict=True):
                 stream.set_state(state)
         vars(self).update(saved["books"])
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
         buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
         buffer.rows[buffer.num_offline : n] = saved["rows"]
@@ -1667,6 +1669,8 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
+        if "tables" not in saved:
+            raise UserError(f"--resume {args.resume}: no checkpoint of this o3f.py is there")
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
     elif args.load:

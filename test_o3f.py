@@ -1378,7 +1378,7 @@ def test_a_run_stopped_at_once_resumes(home, monkeypatch, capsys):
     assert cli(QUICK + "--run-dir whole") == 0
     stop(QUICK + '--run-dir "it\'s a"', -5, monkeypatch)
     *_, lost, command = capsys.readouterr().out.splitlines()
-    assert lost == "stopped at step -5; to go on from 0.0 minutes before:"
+    assert lost == "stopped at step -5, saved at -15; to go on:"
     python, _, *flags = shlex.split(command)
     assert python == "python" and flags == ["--resume", "it's a"]
     assert o3f.cli(flags) == 0
@@ -1429,6 +1429,7 @@ def test_resume_refuses_in_one_line(home, monkeypatch, refused):
         refused("--resume a", "checkpoint.pt: no agent")
     foreign = {
         "argument 'precision'": whole | {"args": whole["args"] | {"precision": "float32"}},
+        "no checkpoint of this": {name: x for name, x in whole.items() if name != "tables"},
         "not on cpu, where the run was not": whole | {"streams": [torch.zeros(16).byte()] * 3},
     }
     for words, content in foreign.items():
