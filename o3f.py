@@ -739,7 +739,7 @@ def main(args: Args) -> dict:
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id), stats_key="o3f")
-    data, reward_rule = load_dataset(args, task, env, saved)  # rule: r, d to learn from
+    data, reward_rule = load_dataset(args, task, env, saved)  # r, d to learn from
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
     judge = functools.partial(evaluate, agent, reward_rule, task, eval_seed)
@@ -1377,9 +1377,10 @@ def orthogonal_(layer: nn.Module) -> None:
 def make_agent(args: Args, data: dict | None, saved: dict | None, device) -> Base:
     """An agent that has seen the dataset, or a saved one."""
     sizes = saved["sizes"] if saved else (data["observations"].shape[1], data["actions"].shape[1])
-    agent, on_gpu = BASES[args.base](args, *sizes).to(device), device.type == "cuda"
+    agent = BASES[args.base](args, *sizes).to(device)
     learned = [weight for weight in agent.parameters() if weight.requires_grad]
     # The rate is constant: IQL's authors let the actor's decay, but offline only.
+    on_gpu = device.type == "cuda"
     agent.optimizer = torch.optim.Adam(learned, args.learning_rate, fused=True, capturable=on_gpu)
     if saved:
         with explain("the saved agent does not fit its flags"):
@@ -1434,8 +1435,8 @@ def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -
         return fn
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def results():  # of one call after the other
-        for _ in range(3):  # make Adam's state, workspaces
+    def results():  # of one call of fn after the other
+        for _ in range(3):  # real calls, since what they allocate (Adam's state) has to be there
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 result = fn()
@@ -1488,7 +1489,8 @@ class Run(contextlib.ExitStack):
             libraries = {x.__name__: x.__version__ for x in (torch, np, gym, mujoco)}
             config = asdict(args) | dict(versions=libraries)
             if args.load:
-                self.step, config["pretraining"] = 0, asdict(saved["args"])
+                self.step = 0
+                config["pretraining"] = asdict(saved["args"])
             (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             self.checkpoint()  # so that it can be resumed from its first minute on
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
@@ -1583,9 +1585,9 @@ class Run(contextlib.ExitStack):
         vars(self).update(saved["books"])
         self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
-        buffer, n = self.buffer, self.buffer.num_offline + len(saved["rows"])
-        buffer.rows[buffer.num_offline : n] = saved["rows"]
-        buffer.size.fill_(n)
+        start, rows = self.buffer.num_offline, saved["rows"]
+        self.buffer.rows[start : start + len(rows)] = rows
+        self.buffer.size += len(rows)
         for table, text in saved["tables"].items():  # drops later rows
             (self.folder / f"{table}.csv").write_text(text)
         if self.step == self.args.online_steps:
