@@ -65,8 +65,10 @@ import numpy as np
 import pooch
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv, ant_v5
+from torch import Tensor
 from tqdm import tqdm
 
 # ==== 1. Flags ====
@@ -136,7 +138,7 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(m, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(m, 1, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -164,61 +166,51 @@ class Critics(nn.Module):
         self.m, linear = m, functools.partial(EnsembleLinear, m)
         self.net = MLP([obs_dim + act_dim, *hidden, 1], linear, layer_norm=layer_norm)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         x = torch.cat([obs, actions], -1).expand(self.m, -1, -1)  # (m, B, O + A), no copies
         return self.net(x).squeeze(-1)
 
 
-class GaussianActor(nn.Module):
-    """The mean of π(a|s) = N(tanh(MLP(s)), diag(std²)): obs (B, O) -> (B, A)."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: list[int], dropout: float):
-        super().__init__()
-        self.net = MLP([obs_dim, *hidden, act_dim], dropout=dropout)
-        self.log_std = nn.Parameter(torch.zeros(act_dim))  # the same for all states
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.net(obs))
-
-
 # ==== 3. Losses: pure functions of tensors ====
-def expectile_loss(u: torch.Tensor, expectile: float) -> torch.Tensor:
-    """IQL Eq. 5: mean of |κ − 1(u < 0)|·u², with u = Q − V (B,)."""
-    # Where V is too low (u > 0) the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles
-    # above the mean of Q over the data's actions, near the best of them as κ → 1.
-    return ((expectile - (u < 0).to(u.dtype)).abs() * u**2).mean()
+def expectile_loss(q: Tensor, v: Tensor, expectile: float) -> Tensor:
+    """IQL Eq. 5: mean of |κ − 1(Q < V)|·(Q − V)²; Q, V (B,)."""
+    # Where V is too low the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
+    # the mean of Q over the data's actions, near the best of them as κ → 1.
+    weight = (expectile - (q < v).to(q.dtype)).abs()
+    return (weight * F.mse_loss(v, q, reduction="none")).mean()
 
 
-def td_target(rewards, ends, next_v, gamma: float) -> torch.Tensor:
+def td_target(rewards, ends, next_v, gamma: float) -> Tensor:
     """IQL Eq. 6: y = r + γ(1 − d)·V(s'): (B,), or (m, B) where V(s') is."""
     return rewards + gamma * (1.0 - ends) * next_v
 
 
-def ensemble_mse(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def ensemble_mse(q: Tensor, target: Tensor) -> Tensor:
     """IQL Eq. 6 for m critics: Σ_j mean (Q_j − y)²; q (m, B), target (B,) or (m, B)."""
     # m times the mean over all: each critic has the gradient that it would have alone.
-    return len(q) * nn.functional.mse_loss(q, target.expand_as(q))
+    return len(q) * F.mse_loss(q, target.expand_as(q))
 
 
-def advantage_weights(adv: torch.Tensor, beta: float, exp_adv_max: float) -> torch.Tensor:
+def advantage_weights(adv: Tensor, beta: float, exp_adv_max: float) -> Tensor:
     """IQL Eq. 7: min(exp(β·A), limit), A = Q − V (B,). β = 0: 1 everywhere, plain cloning."""
     # argmax_π E[A] − KL(π‖data)/β is π ∝ data·exp(β·A): cloning with these weights fits it.
     return torch.exp(beta * adv).clamp(max=exp_adv_max)
 
 
-def gaussian_nll(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """−log N(x; μ, σ²) = Σ ½((x − μ)/σ)² + log σ + ½·log 2π: (B, A) -> (B,)."""
-    z = (x - mean) / log_std.exp()
-    return (0.5 * z**2 + log_std + 0.5 * np.log(2.0 * np.pi)).sum(-1)
+    precision = torch.exp(-2.0 * log_std)  # 1/σ²
+    squares = F.mse_loss(mean, x, reduction="none")
+    return (0.5 * precision * squares + log_std + 0.5 * np.log(2.0 * np.pi)).sum(-1)
 
 
-def mixed_q(q: torch.Tensor, doubleq_min: float) -> torch.Tensor:
+def mixed_q(q: Tensor, doubleq_min: float) -> Tensor:
     """LAPO: λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,)."""
     # Whoever maximises over Q finds its over-estimates; a low target stops that.
     return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
 
 
-def kl_to_standard_normal(mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+def kl_to_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(μ, σ²) ‖ N(0, I)) = ½·Σ(μ² + σ² − 1 − log σ²): (B, Z), (B, Z) -> (B,)."""
     return 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).sum(-1)
 
@@ -234,7 +226,7 @@ def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
 @torch.no_grad()
 def optimistic_action(  # new in O3F
     obs, action, q_values: Callable, num_candidates: int, sigma: float, omega: float, generator=None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Of N candidates around the policy's action, the critics' favourite (Algorithm 1, Eq. 2).
 
     obs (B, O); action (B, A) in the ±1 box; q_values: (B·N, O), (B·N, A) -> (m, B·N).
@@ -254,7 +246,7 @@ def optimistic_action(  # new in O3F
     return candidates[rows, best], q_mean[rows, best] - q_mean.mean(1)
 
 
-def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
+def explore_action(agent: Base, obs: Tensor, args: Args, generator=None):
     """The action to execute, (B, O) -> (B, A), and its optimism (B,): 0 for the baselines."""
     action = agent.policy(obs, args.proposal == "sample", generator)  # a ~ π(·|s)
     if args.explore == "policy":
@@ -269,11 +261,11 @@ def explore_action(agent: Base, obs: torch.Tensor, args: Args, generator=None):
 class Batch(NamedTuple):
     """B transitions, float32, on the agent's device."""
 
-    observations: torch.Tensor  # (B, O)
-    actions: torch.Tensor  # (B, A), in the ±1 box
-    rewards: torch.Tensor  # (B,), as the agent is to see them
-    next_observations: torch.Tensor  # (B, O)
-    terminations: torch.Tensor  # (B,), 1 at a true end
+    observations: Tensor  # (B, O)
+    actions: Tensor  # (B, A), in the ±1 box
+    rewards: Tensor  # (B,), as the agent is to see them
+    next_observations: Tensor  # (B, O)
+    terminations: Tensor  # (B,), 1 at a true end
 
 
 class Base(nn.Module):
@@ -299,7 +291,7 @@ class Base(nn.Module):
         if self.args.standardise:
             set_statistics(data["observations"], self.obs_mean, self.obs_std, least=0.01)
 
-    def standardise(self, obs: torch.Tensor) -> torch.Tensor:
+    def standardise(self, obs: Tensor) -> Tensor:
         return (obs - self.obs_mean) / self.obs_std
 
     def standardised(self, batch: Batch) -> Batch:
@@ -308,7 +300,7 @@ class Base(nn.Module):
         obs, next_obs = self.standardise(both)
         return batch._replace(observations=obs, next_observations=next_obs)
 
-    def descend(self, loss: torch.Tensor, weights) -> None:
+    def descend(self, loss: Tensor, weights) -> None:
         """One step of Adam down the loss, for these weights and no others."""
         # One Adam for all networks (made in §10): it leaves alone what has no gradient.
         self.optimizer.zero_grad()
@@ -316,16 +308,16 @@ class Base(nn.Module):
         self.optimizer.step()
 
     @torch.no_grad()
-    def policy(self, obs: torch.Tensor, sample: bool, generator=None) -> torch.Tensor:
+    def policy(self, obs: Tensor, sample: bool, generator=None) -> Tensor:
         """π's sample or deterministic action in the ±1 box: (B, O) -> (B, A)."""
         return self.act(self.standardise(obs), sample, generator)
 
     @torch.no_grad()
-    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def q_values(self, obs: Tensor, actions: Tensor) -> Tensor:
         """What the critics, not their slow copies, say of (B, O), (B, A): -> (m, B)."""
         return self.qf(self.standardise(obs), actions)
 
-    def critic_metrics(self, q: torch.Tensor, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    def critic_metrics(self, q: Tensor, loss: Tensor) -> dict[str, Tensor]:
         """For every base's log: q (m, B) of a batch, and its loss, summed over critics."""
         q, loss = q.detach(), loss.detach() / len(q)  # now a mean over critics
         return {"losses/qf": loss, "q_mean": q.mean(), "q_std": q.std(0, correction=0).mean()}
@@ -349,11 +341,13 @@ class Weighted(Base):
         super().__init__(args, obs_dim, act_dim)
         self.hidden = [args.hidden_dim] * 2
         self.qf = Critics(obs_dim, act_dim, args.num_critics, self.hidden, args.layer_norm)
-        self.actor = GaussianActor(obs_dim, act_dim, self.hidden, args.actor_dropout)
+        # π(a|s) = N(tanh(MLP(s)), diag(std²)), std the same for all states.
+        self.actor = MLP([obs_dim, *self.hidden, act_dim], dropout=args.actor_dropout)
+        self.actor.log_std = nn.Parameter(torch.zeros(act_dim))
         self.apply(orthogonal_)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
 
-    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def update(self, batches: list[Batch]) -> dict[str, Tensor]:
         for batch in batches:
             metrics = self.step(self.standardised(batch))
         return metrics
@@ -365,14 +359,15 @@ class Weighted(Base):
         share = self.progress if self.args.anneal == "linear" else 1.0
         return (1 - share) * offline + share * online
 
-    def imitate(self, obs, actions, adv) -> tuple[torch.Tensor, dict]:
+    def imitate(self, obs, actions, adv) -> tuple[Tensor, dict]:
         """Actor: −min(exp(β·A), limit)·log π(a|s) (IQL Eq. 7); A (B,) -> its loss, metrics."""
         args = self.args
         if args.normalise_adv:  # scaled, not centred: the sign of A has a meaning
             adv = adv / (adv.std(correction=0) + 1e-6)
         beta = self.at_present(args.beta, args.online_beta)
         weight = advantage_weights(adv, beta, args.exp_adv_max)  # (B,)
-        mean, log_std = self.actor.train()(obs), self.log_std()  # dropout is on only here
+        mean = torch.tanh(self.actor.train()(obs))  # dropout is on only here
+        log_std = self.log_std()
         loss = (weight * gaussian_nll(actions, mean, log_std)).mean()
         # Effective sample size, a share: 1, all rows count alike; 1/B, one row rules.
         average = weight.mean()
@@ -380,11 +375,11 @@ class Weighted(Base):
         metrics = {"losses/actor": loss.detach(), "adv_weight": average}
         return loss, metrics | {"adv_weight_ess": ess, "policy_std": log_std.detach().exp().mean()}
 
-    def log_std(self) -> torch.Tensor:
-        return nn.functional.hardtanh(self.actor.log_std, -5.0, 2.0)  # clamped, (A,)
+    def log_std(self) -> Tensor:
+        return F.hardtanh(self.actor.log_std, -5.0, 2.0)  # clamped, (A,)
 
-    def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
-        action = self.actor.eval()(obs)
+    def act(self, obs, sample: bool, generator=None) -> Tensor:
+        action = torch.tanh(self.actor.eval()(obs))
         if sample:
             noise = torch.randn(action.shape, device=obs.device, generator=generator)
             action = action + self.log_std().exp() * noise
@@ -406,7 +401,7 @@ class IQL(Weighted):
         super().__init__(args, obs_dim, act_dim)
         self.vf = MLP([obs_dim, *self.hidden, 1]).apply(orthogonal_)
 
-    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update in the authors' order: V, then actor and critics, then the slow copies."""
         obs, actions, rewards, next_obs, ends = batch
         # V: expectile of min_j Q̂_j(s, a) over the data's actions (Eq. 5). IQL takes the minimum of
@@ -414,7 +409,7 @@ class IQL(Weighted):
         with torch.no_grad():
             target_q = self.qf_target(obs, actions).amin(0)  # (B,)
         expectile = self.at_present(self.args.expectile, self.args.online_expectile)
-        vf_loss = expectile_loss(target_q - self.vf(obs).squeeze(-1), expectile)
+        vf_loss = expectile_loss(target_q, self.vf(obs).squeeze(-1), expectile)
         self.descend(vf_loss, self.vf.parameters())
 
         # From here on the *new* V: at s for the actor, at s' for the critics.
@@ -443,12 +438,12 @@ class AWAC(Weighted):
 
     def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
         super().__init__(args, obs_dim, act_dim)
-        nn.init.uniform_(self.actor.net[-1].weight, -1e-3, 1e-3)  # means near 0, as released
+        nn.init.uniform_(self.actor[-1].weight, -1e-3, 1e-3)  # means near 0, as released
 
-    def log_std(self) -> torch.Tensor:  # as released: std e⁻³ = 0.05 at the start, 1 at most
+    def log_std(self) -> Tensor:  # as released: std e⁻³ = 0.05 at the start, 1 at most
         return -6.0 + 6.0 * torch.sigmoid(self.actor.log_std)
 
-    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of actor and critics; both losses use the critics from before it."""
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
@@ -513,7 +508,7 @@ class LAPO(Base):
         actions = (batch.actions - self.act_mean) / self.act_std
         return super().standardised(batch)._replace(actions=actions)
 
-    def widen(self, rewards: torch.Tensor) -> None:
+    def widen(self, rewards: Tensor) -> None:
         """Widen V's limits to what these rewards allow."""
         # A discounted return lies in [min r, max r]/(1 − γ); where r is paid once, at the end, in
         # [min r, max r]. Ours: 0, V after an end, is always within. Rewards seen online widen the
@@ -524,7 +519,7 @@ class LAPO(Base):
         self.v_min.clamp_(max=scale * rewards.amin())
         self.v_max.clamp_(min=scale * rewards.amax())
 
-    def decode(self, obs, actor, decoder, noisy=False, generator=None) -> torch.Tensor:
+    def decode(self, obs, actor, decoder, noisy=False, generator=None) -> Tensor:
         """Dec(s, z), z = π_z(s) = 2·tanh(MLP(s)), noisy + clip(0.1·ε, ±0.2): (B, O) -> (B, A)."""
         z = self.args.max_latent * torch.tanh(actor(obs))
         if noisy:
@@ -532,7 +527,7 @@ class LAPO(Base):
             z = z + self.args.latent_noise * noise.clamp(-2.0, 2.0)
         return decoder(torch.cat([obs, z], -1))
 
-    def target_q(self, obs, actions, members: torch.Tensor) -> torch.Tensor:
+    def target_q(self, obs, actions, members: Tensor) -> Tensor:
         """Qmix of the slow critics with numbers members (k,), at k/m of the cost: (B,)."""
         x = torch.cat([obs, actions], -1).expand(len(members), -1, -1)
         net = self.qf_target.net
@@ -540,7 +535,7 @@ class LAPO(Base):
         q = torch.func.functional_call(net, chosen, x).squeeze(-1)  # (k, B)
         return mixed_q(q, self.args.doubleq_min)
 
-    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def update(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Critics and V once per batch, CVAE and policy once, with the last."""
         args = self.args
         for i, batch in enumerate(batches):
@@ -556,7 +551,7 @@ class LAPO(Base):
             polyak_(self.qf_target, self.qf, args.tau)
         return metrics
 
-    def update_critics(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update_critics(self, batch: Batch, members: Tensor) -> dict[str, Tensor]:
         """One step on Q and V; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
@@ -574,7 +569,7 @@ class LAPO(Base):
         metrics = {"losses/vf": vf_loss.detach(), "v_mean": v.detach().mean()}
         return metrics | self.critic_metrics(q, qf_loss)
 
-    def update_policy(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update_policy(self, batch: Batch, members: Tensor) -> dict[str, Tensor]:
         """One step on the CVAE and one on the latent policy; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         args = self.args
@@ -599,14 +594,14 @@ class LAPO(Base):
         metrics = {"losses/cvae": cvae_loss.detach(), "losses/actor": actor_loss.detach()}
         return metrics | {"adv": adv.mean(), "kl": kl.detach().mean()}
 
-    def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
+    def act(self, obs, sample: bool, generator=None) -> Tensor:
         # A sample has the noise of V's targets. Through the slow decoder, as policy and V are
         # trained: the quick one has seen neither.
         action = self.decode(obs, self.actor, self.decoder_target, sample, generator)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def q_values(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def q_values(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.qf(self.standardise(obs), (actions - self.act_mean) / self.act_std)
 
 
@@ -637,29 +632,29 @@ class SO2(Base):
         self.actor = MLP([obs_dim, *hidden, 2 * act_dim])
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
-    def draw(self, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, obs, generator=None) -> tuple[Tensor, Tensor]:
         """a = tanh(u), u ~ N(μ(s), σ(s)²), and log π(a|s): (B, O) -> (B, A), (B,)."""
         mean, log_std = self.actor(obs).chunk(2, -1)
-        log_std = nn.functional.hardtanh(log_std, -5.0, 2.0)  # clamped
+        log_std = F.hardtanh(log_std, -5.0, 2.0)  # clamped
         noise = torch.randn(mean.shape, device=obs.device, generator=generator)
         u = mean + log_std.exp() * noise
         # log(1 − tanh²u), of tanh's slope, as log(4/(eᵘ + e⁻ᵘ)²), which is finite for any u.
-        log_slope = 2.0 * (np.log(2.0) - u - nn.functional.softplus(-2.0 * u)).sum(-1)
+        log_slope = 2.0 * (np.log(2.0) - u - F.softplus(-2.0 * u)).sum(-1)
         log_density = -gaussian_nll(u, mean, log_std)
         return torch.tanh(u), log_density - log_slope
 
-    def alpha(self) -> torch.Tensor:  # learned from 1 offline, constant online
+    def alpha(self) -> Tensor:  # learned from 1 offline, constant online
         learned = self.log_alpha.detach().exp()
         return torch.full_like(learned, self.args.online_alpha) if self.online else learned
 
-    def update(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def update(self, batches: list[Batch]) -> dict[str, Tensor]:
         for batch in batches:
             batch = self.standardised(batch)
             metrics = self.update_critics(batch)
             polyak_(self.qf_target, self.qf, self.args.tau)
         return metrics | self.update_actor(batch.observations)
 
-    def update_critics(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
             # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s')); offline min_j Q̂_j for all j.
@@ -676,7 +671,7 @@ class SO2(Base):
         self.descend(qf_loss, self.qf.parameters())
         return self.critic_metrics(q, qf_loss)
 
-    def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update_actor(self, obs: Tensor) -> dict[str, Tensor]:
         action, log_prob = self.draw(obs)
         # Minimise α·log π(a|s) − min_j Q_j(s, a); α grows while the entropy is below −|A|.
         loss = (self.alpha() * log_prob - self.qf(obs, action).amin(0)).mean()
@@ -688,7 +683,7 @@ class SO2(Base):
         entropy = -log_prob.detach().mean()
         return {"losses/actor": loss.detach(), "alpha": self.alpha(), "entropy": entropy}
 
-    def act(self, obs, sample: bool, generator=None) -> torch.Tensor:
+    def act(self, obs, sample: bool, generator=None) -> Tensor:
         if sample:
             return self.draw(obs, generator)[0]
         return torch.tanh(self.actor(obs).chunk(2, -1)[0])
@@ -1048,7 +1043,7 @@ MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 
 def find_file(args: Args) -> Path:
-    """--dataset, else D4RL's cache, else collected, else downloaded."""
+    """--dataset, else D4RL's cache, else collected, else downloaded: whole, or not at all."""
     if args.dataset not in ("", "random"):
         return Path(args.dataset)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
@@ -1062,14 +1057,9 @@ def find_file(args: Args) -> Path:
         return path
     if get_task(args.env_id).family == "other":
         raise UserError("this task has no file: --dataset FILE or --dataset random")
-    return download(args.env_id, cache)
-
-
-def download(env_id: str, cache: Path) -> Path:
-    """D4RL's file, from its server or a mirror, whole or not at all."""
     table = runpy.run_path(str(d4rl_dir() / "infos.py"))["DATASET_URLS"]
     ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has v1, the table not
-    url = table.get(env_id) or re.search(f"'{env_id}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
+    url = table.get(name) or re.search(f"'{name}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
     path, failures = cache / Path(url).name, []
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
     for source in (url, f"{MIRROR}/{path.name}"):
@@ -1169,8 +1159,9 @@ def check_columns(columns: dict, env: gym.Env) -> None:
         raise ValueError(f"actions reach {peak:.9g}, expected within ±1")
 
 
-def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
-    """Make terminals true ends, and timeouts all others; limit: an episode's steps."""
+def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str, np.ndarray]:
+    """Keys of Batch, as d4rl.qlearning_dataset; limit: an episode's steps."""
+    # In columns, terminals become true ends, timeouts all others.
     ends = columns["terminals"]
     if demonstrations:  # a kitchen's last rows are terminal, solved or not
         columns["timeouts"] = ends | columns.get("timeouts", False)
@@ -1181,15 +1172,12 @@ def mark_ends(columns: dict, limit: int, demonstrations: bool) -> None:
         columns["timeouts"] = (rows - starts) % limit == limit - 1
         print(f"data: there are no timeouts, so a time limit is taken every {limit} steps")
     columns["timeouts"] &= ~ends
-
-
-def to_transitions(columns: dict) -> dict[str, np.ndarray]:  # d4rl.qlearning_dataset
     # s' is the next row's observation: a row at a time limit has none, nor has the last row.
     # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
     columns = {"next_observations": np.roll(columns["observations"], -1, 0)} | columns
-    columns["terminations"] = columns["terminals"]
+    columns["terminations"] = ends
     keep = ~columns["timeouts"]
-    keep[-1] = columns["terminals"][-1]
+    keep[-1] = ends[-1]
     return {name: columns[name][keep] for name in Batch._fields}
 
 
@@ -1236,8 +1224,7 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
         if task.targets and abs(columns["observations"][:, 30:] - env.unwrapped.goal).max() > 1e-3:
             raise ValueError("it is of another kitchen")
     limit = env.get_wrapper_attr("_max_episode_steps")
-    mark_ends(columns, limit, demonstrations=bool(targets))
-    data = to_transitions(columns)
+    data = to_transitions(columns, limit, demonstrations=bool(targets))
     if len(data["rewards"]) == 0:
         raise UserError(f"{where}: no row has a successor, each is a time limit or the last")
     over = columns["terminals"] | columns["timeouts"]
@@ -1261,7 +1248,7 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
     print(f"data: {where}, {size}, returns {returns.min():.1f} to {returns.max():.1f}")
     line = f"rewards: trained on {scale:.4g}·r{shift:+g}"
     if targets:
-        line += f", r = satisfied sub-tasks − {len(targets)}"
+        line += f", r = satisfied sub-tasks - {len(targets)}"
     box = env.unwrapped.action_space
     if (box.high < 1).all() and (actions <= box.high).all() and (actions >= box.low).all():
         line += f"; are actions in ±1? None leaves the environment's own {box}"
@@ -1357,7 +1344,7 @@ OWN = "seed run_dir resume load device plot plot_to video log_every checkpoint_m
 OWN += " versions pretraining eval_every explore"
 
 
-def set_statistics(x: np.ndarray, mean: torch.Tensor, std: torch.Tensor, least: float) -> None:
+def set_statistics(x: np.ndarray, mean: Tensor, std: Tensor, least: float) -> None:
     """Mean and std of the rows of x, in place; a std below `least` becomes 1."""
     # A constant (a kitchen's goal) or a joint that hardly moves is only centred: divided by
     # its std, its noise would be the loudest input of all.
@@ -1378,19 +1365,19 @@ def make_agent(args: Args, data: dict | None, saved: dict | None, device) -> Bas
     """An agent that has seen the dataset, or a saved one."""
     sizes = saved["sizes"] if saved else (data["observations"].shape[1], data["actions"].shape[1])
     agent = BASES[args.base](args, *sizes).to(device)
-    learned = [weight for weight in agent.parameters() if weight.requires_grad]
+    weights = list(agent.parameters())
     # The rate is constant: IQL's authors let the actor's decay, but offline only.
     on_gpu = device.type == "cuda"
-    agent.optimizer = torch.optim.Adam(learned, args.learning_rate, fused=True, capturable=on_gpu)
+    agent.optimizer = torch.optim.Adam(weights, args.learning_rate, fused=True, capturable=on_gpu)
     if saved:
         with explain("the saved agent does not fit its flags"):
             agent.load_state_dict(saved["agent"])
             for i, adam in saved["optimizer"]["state"].items():
                 # Into memory of the weights' own shapes: Adam would write past the end of less.
-                state = agent.optimizer.state[learned[i]]
+                state = agent.optimizer.state[weights[i]]
                 state["step"] = torch.zeros((), device=device).copy_(adam["step"])
                 for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(learned[i]).copy_(adam[name])
+                    state[name] = torch.zeros_like(weights[i]).copy_(adam[name])
     else:
         agent.see_dataset(data)
     if args.compile:
@@ -1565,11 +1552,10 @@ class Run(contextlib.ExitStack):
         if not torch.isfinite(weights.sum() + self.sums.sum()):
             raise UserError(f"NaN in the agent by step {self.step}")
         buffer = self.buffer
-        books = dict(step=self.step, episode=self.episode, sums=self.sums, count=self.count)
-        run = dict(books=books | dict(scores=self.scores, columns=self.columns))
+        books = "step episode sums count scores columns".split()
+        run = dict(books={x: vars(self)[x] for x in books}, checksum=self.checksum)
         run["rows"] = buffer.rows[buffer.num_offline : buffer.size].clone()  # a view is saved whole
         run["streams"] = [stream.get_state() for stream in self.streams]
-        run["checksum"] = self.checksum
         with explain(f"warning: no checkpoint at step {self.step}", tqdm.write):
             run["tables"] = {x: (self.folder / f"{x}.csv").read_text() for x in self.columns}
             save(self.folder / "checkpoint.pt", self.agent, self.rule, self.step, **run)
@@ -1605,10 +1591,7 @@ def plot(folders, path) -> None:
 
     tables, panels = set(), {}  # env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        found = glob.glob(f"{folder}/**/evaluations.csv", recursive=True)  # follows links
-        if not found:
-            raise UserError(f"--plot {folder}: no run with an evaluation")
-        tables |= set(found)
+        tables |= set(glob.glob(f"{folder}/**/evaluations.csv", recursive=True))  # follows links
     for table in sorted(tables, key=os.path.getmtime):  # the oldest first
         with explain(f"--plot {table}: not of a whole run"), open(table) as file:
             args = json.loads(Path(table).with_name("config.json").read_text())
@@ -1620,7 +1603,7 @@ def plot(folders, path) -> None:
                 print(f"plot: {Path(table).parent} instead of an older run of seed {args['seed']}")
             curves[args["seed"]] = curve
     if not panels:
-        raise UserError("--plot: no run there has two evaluations yet")
+        raise UserError(f"--plot {' '.join(folders)}: no run there has two evaluations yet")
     figure = Figure(figsize=(7, 4 * len(panels)), dpi=120, layout="constrained")
     rows = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (env_id, groups) in zip(rows, panels.items()):
@@ -1671,8 +1654,6 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
-        if "tables" not in saved:
-            raise UserError(f"--resume {args.resume}: no checkpoint of this o3f.py is there")
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
     elif args.load:
@@ -1683,10 +1664,6 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         types = [getattr(x, "__origin__", x) for x in kinds]  # without the ranges
         if isinstance(value, np.generic):  # from a notebook
             value = value.item()
-        if isinstance(value, Path):
-            value = str(value)
-        if int in types and type(value) is float and value.is_integer():
-            value = int(value)
         if float in types:
             types.append(int)
         if type(value) not in types and value not in kinds:
@@ -1700,12 +1677,10 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
             then, now = vars(saved["args"]).get(name), vars(args).get(name)
             if then != now:
                 raise UserError(f"the saved agent has {name} {then}, this run {now}")
-    if args.video and not args.video.endswith(".gif"):
-        raise UserError(f"--video {args.video}: give a file that ends in .gif")
     if args.video:
-        env = make_env(args.env_id, render_mode="rgb_array")
-        if "rgb_array" not in env.metadata.get("render_modes", []):
-            raise UserError(f"--video: {args.env_id} has no render mode rgb_array")
+        modes = make_env(args.env_id, render_mode="rgb_array").metadata.get("render_modes", [])
+        if not args.video.endswith(".gif") or "rgb_array" not in modes:
+            raise UserError("--video: needs a .gif, and an environment with render mode rgb_array")
     if args.run_dir and not args.resume:
         # A run killed before its first checkpoint left these at most.
         if set(glob.glob("*", root_dir=args.run_dir)) - {"config.json", "checkpoint.pt.part"}:
@@ -1720,9 +1695,6 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
 
 def cli(argv: list[str]) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="replace")  # Greek
     try:
         args = parse(argv)
         if args.plot:
