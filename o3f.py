@@ -89,7 +89,7 @@ class Args:
     dataset: str = ""  # D4RL's (*-random-v2: collected), random (collected), minari:ID or a file
     dataset_size: Count = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # satisfied - 4, or as D4RL pays
-    # max (LAPO's; ours for all): r / largest r; return_range (IQL's): 1000r / (best - worst
+    # max (LAPO's; ours for all): r / largest r, or |r|; return_range (IQL's): 1000r / (best - worst
     # return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's, ant maze): 100r; none: r
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
@@ -116,7 +116,7 @@ class Args:
     eval_action: Literal["policy", "explore"] = "policy"  # score π's mean, or --explore around it
     # -- run --
     run_dir: str = ""  # folder of this run, new or empty; default runs/<task>-<base>-…
-    resume: str = ""  # folder of a stopped run: go on exactly there; takes no other flag
+    resume: str = ""  # folder of a stopped run: go on exactly there; alone, or with --dataset
     load: str = ""  # a saved agent instead of pretraining; its flags are the defaults
     log_every: Count = 1000  # steps per row of metrics, a mean; more = shorter files
     checkpoint_minutes: Amount = 5.0  # minutes between checkpoints; more = more lost by a kill
@@ -198,7 +198,7 @@ def advantage_weights(adv: Tensor, beta: float, exp_adv_max: float) -> Tensor:
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """−log N(x; μ, σ²) = Σ ½((x − μ)/σ)² + log σ + ½·log 2π: (B, A) -> (B,)."""
+    """−log N(x; μ, σ²) = Σᵢ [½((x − μ)/σ)² + log σ + ½·log 2π]: (B, A) -> (B,)."""
     precision = torch.exp(-2.0 * log_std)  # 1/σ²
     squares = F.mse_loss(mean, x, reduction="none")
     return (0.5 * precision * squares + log_std + 0.5 * np.log(2.0 * np.pi)).sum(-1)
@@ -271,7 +271,7 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
-    Flags, __init__   a dataclass of flags (with standardise); networks, the critics as qf: Critics
+    Flags, __init__   a dataclass of flags, with standardise or an own see_dataset; networks, qf
     update(batches) -> dict   learn from this list of Batch; metrics of the last, 0-dim tensors
     act(obs, sample, generator) -> (B, A)   π's sample or deterministic action at standardised obs
     """
@@ -353,7 +353,7 @@ class Weighted(Base):
         return metrics
 
     def at_present(self, offline: float, online: float | None):
-        """β or κ now: O3F's Fig. 3 changes the objective online, which O3F is an answer to."""
+        """β or κ now. To change it online is O3F's rival in its Fig. 3: a new objective."""
         if not self.online or online is None:
             return offline
         share = self.progress if self.args.anneal == "linear" else 1.0
@@ -528,7 +528,7 @@ class LAPO(Base):
         return decoder(torch.cat([obs, z], -1))
 
     def target_q(self, obs, actions, members: Tensor) -> Tensor:
-        """Qmix of the slow critics with numbers members (k,), at k/m of the cost: (B,)."""
+        """Qmix of those slow critics that members (k,) names, at k/m of the cost: (B,)."""
         x = torch.cat([obs, actions], -1).expand(len(members), -1, -1)
         net = self.qf_target.net
         chosen = {name: weight[members] for name, weight in net.named_parameters()}
@@ -644,8 +644,9 @@ class SO2(Base):
         return torch.tanh(u), log_density - log_slope
 
     def alpha(self) -> Tensor:  # learned from 1 offline, constant online
-        learned = self.log_alpha.detach().exp()
-        return torch.full_like(learned, self.args.online_alpha) if self.online else learned
+        if self.online:
+            return torch.full_like(self.log_alpha, self.args.online_alpha)
+        return self.log_alpha.detach().exp()
 
     def update(self, batches: list[Batch]) -> dict[str, Tensor]:
         for batch in batches:
@@ -699,7 +700,7 @@ class ReplayBuffer:
     def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         (n, O), (_, A) = data["observations"].shape, data["actions"].shape
         self.num_offline = n
-        self.size = torch.tensor(n, device=device)  # rows so far; `recorded` reads it there
+        self.size = torch.tensor(n, device=device)  # rows so far; a tensor: CUDA graphs read it
         self.widths = [O, A, 1, O, 1]
         rows = np.zeros((n + online_steps, sum(self.widths)), np.float32)
         rows[:n] = np.column_stack(Batch(**data))
@@ -718,8 +719,8 @@ class ReplayBuffer:
         draws = torch.randint(2**62, (batches, batch_size), device=self.rows.device)
         index = draws % self.size
         if offline_ratio is not None:
-            n, N = round(offline_ratio * batch_size), self.num_offline
-            index = torch.cat([draws[:, :n] % N, N + draws[:, n:] % (self.size - N)], 1)
+            k, n = round(offline_ratio * batch_size), self.num_offline
+            index = torch.cat([draws[:, :k] % n, n + draws[:, k:] % (self.size - n)], 1)
         obs, actions, rewards, next_obs, ends = self.rows[index].split(self.widths, -1)
         columns = obs, actions, rewards.squeeze(-1), next_obs, ends.squeeze(-1)
         return [Batch(*batch) for batch in zip(*columns)]
@@ -740,7 +741,7 @@ def main(args: Args) -> dict:
     judge = functools.partial(evaluate, agent, reward_rule, task, eval_seed)
     with Run(args, agent, buffer, generator, reward_rule, judge, saved) as run:
         # Steps up to 0 are offline updates, later ones environment steps: one axis for both.
-        # recorded (§10): the same on a CPU, and without Python's delay on a GPU.
+        # recorded (§10): on a CPU the function itself, on a GPU without Python's delay.
         update = recorded(lambda: agent.update(buffer.sample(args.batch_size)), device)
         for step in run.bar("offline", range(run.step + 1, 1)):
             run.record(step, update())
@@ -802,6 +803,7 @@ class Task(NamedTuple):
     low: float = 0.0  # return that scores 0 (d4rl's infos.py)
     high: float = 100.0  # return that scores 100; by default the score is the return
     targets: tuple[str, ...] = ()  # sub-tasks of a kitchen that pay
+    unit: str = "score"
 
     def score(self, returns):  # D4RL's, of undiscounted raw rewards
         return 100.0 * (returns - self.low) / (self.high - self.low)
@@ -846,7 +848,7 @@ def get_task(env_id: str) -> Task:
     if env_id in TASKS:
         return TASKS[env_id]
     if env_id in gym.registry or ":" in env_id:  # module:Id imports the module first
-        return Task("other", env_id)
+        return Task("other", env_id, unit="return")
     near = " or ".join(difflib.get_close_matches(env_id, [*TASKS, *gym.registry])) or "--help"
     raise UserError(f"--env-id {env_id}: there is no such task, try {near}")
 
@@ -859,7 +861,7 @@ def preset(env_id: str, base: str, **flags) -> Args:
     return BASES[base].Flags(env_id, base, **(values | flags))
 
 
-def d4rl_dir() -> Path:  # of files: `import d4rl` wants the MuJoCo of 2021
+def d4rl_dir() -> Path:  # only read: importing it needs the MuJoCo of 2021
     with explain("package d4rl is missing: pip install --no-deps d4rl==1.1"):
         return Path(importlib.util.find_spec("d4rl").submodule_search_locations[0])
 
@@ -871,7 +873,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
     if task.family == "kitchen":
         env, steps = KitchenEnv(task.targets, **kwargs), 280
     elif task.family == "antmaze":
-        env, steps = AntMazeEnv(env_id, **kwargs), 700 if "umaze" in env_id else 1000
+        env, steps = AntMazeEnv(env_id, **kwargs), (700 if "umaze" in env_id else 1000)
     else:
         with explain(f"--env-id {env_id}: gymnasium cannot make it"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that -v4 is out of date: it is D4RL's
@@ -885,7 +887,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         wrong = f"actions are {box}, give each a finite low and a finite, larger high"
     if wrong:
         raise UserError(f"--env-id {env_id}: {wrong}")
-    # Rounding may leave the box by a bit; some environments reuse what they returned.
+    # Clip: rounding may leave the box by a bit. Copy (below): some reuse what they returned.
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, box.low, box.high), box)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
@@ -1043,7 +1045,7 @@ MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 
 def find_file(args: Args) -> Path:
-    """--dataset, else D4RL's cache, else collected, else downloaded: whole, or not at all."""
+    """--dataset; if empty, from D4RL's cache, collected or downloaded: whole, or not at all."""
     if args.dataset not in ("", "random"):
         return Path(args.dataset)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl/datasets")
@@ -1061,6 +1063,8 @@ def find_file(args: Args) -> Path:
     ants = (d4rl_dir() / "locomotion/__init__.py").read_text()  # has v1, the table not
     url = table.get(name) or re.search(f"'{name}'.*?'(http[^']+)'", ants, re.DOTALL)[1]
     path, failures = cache / Path(url).name, []
+    if path.is_file():
+        return path
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
     for source in (url, f"{MIRROR}/{path.name}"):
         with explain(source, failures.append):
@@ -1073,7 +1077,7 @@ def find_file(args: Args) -> Path:
 
 
 def uniform_rows(env_id: str, steps) -> list[np.ndarray]:
-    """COLUMNS of as many uniform actions: D4RL's recipe for *-random files."""
+    """COLUMNS, a uniform action per item of steps: D4RL's recipe for *-random files."""
     env, rows = make_env(env_id), []
     env.action_space.seed(0)  # the same rows when made again
     obs, _ = env.reset(seed=0)
@@ -1094,14 +1098,13 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         first = uniform_rows(env_id, few)
         same = all(np.array_equal(x, file[name][few]) for name, x in zip(COLUMNS, first))
         if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
-            return  # the same, or an environment that draws what no seed decides
+            return  # unchanged, or no two runs of this environment agree
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     with h5py.File(part, "w") as file:
-        for name, column in zip(COLUMNS, columns):
-            file[name] = column
+        file.update(zip(COLUMNS, columns))
     part.replace(path)
 
 
@@ -1160,8 +1163,9 @@ def check_columns(columns: dict, env: gym.Env) -> None:
 
 
 def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str, np.ndarray]:
-    """Keys of Batch, as d4rl.qlearning_dataset; limit: an episode's steps."""
-    # In columns, terminals become true ends, timeouts all others.
+    """Columns -> keys of Batch, near d4rl.qlearning_dataset; limit: an episode's steps."""
+    # It drops a terminal row that is also a timeout, or the last. In columns, too, terminals
+    # become true ends (a kitchen's are the rule's), timeouts all others.
     ends = columns["terminals"]
     if demonstrations:  # a kitchen's last rows are terminal, solved or not
         columns["timeouts"] = ends | columns.get("timeouts", False)
@@ -1172,7 +1176,7 @@ def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str,
         columns["timeouts"] = (rows - starts) % limit == limit - 1
         print(f"data: there are no timeouts, so a time limit is taken every {limit} steps")
     columns["timeouts"] &= ~ends
-    # s' is the next row's observation: a row at a time limit has none, nor has the last row.
+    # s' is the next row's observation; a row at a time limit has none and goes, as the last.
     # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
     columns = {"next_observations": np.roll(columns["observations"], -1, 0)} | columns
     columns["terminations"] = ends
@@ -1246,13 +1250,12 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
 
     size = f"{len(over):,} rows, {len(returns):,} episodes, {ends.sum():.0f} true ends"
     print(f"data: {where}, {size}, returns {returns.min():.1f} to {returns.max():.1f}")
-    line = f"rewards: trained on {scale:.4g}·r{shift:+g}"
+    print(f"rewards: trained on {scale:.4g}·r{shift:+g}")
     if targets:
-        line += f", r = satisfied sub-tasks - {len(targets)}"
+        print(f"rewards: r is the number of satisfied sub-tasks - {len(targets)}")
     box = env.unwrapped.action_space
     if (box.high < 1).all() and (actions <= box.high).all() and (actions >= box.low).all():
-        line += f"; are actions in ±1? None leaves the environment's own {box}"
-    print(line)
+        print(f"data: are actions in ±1? None leaves the environment's own {box}")
     return data, RewardRule(scale, shift, targets)
 
 
@@ -1366,8 +1369,8 @@ def make_agent(args: Args, data: dict | None, saved: dict | None, device) -> Bas
     sizes = saved["sizes"] if saved else (data["observations"].shape[1], data["actions"].shape[1])
     agent = BASES[args.base](args, *sizes).to(device)
     weights = list(agent.parameters())
-    # The rate is constant: IQL's authors let the actor's decay, but offline only.
     on_gpu = device.type == "cuda"
+    # The rate is constant: IQL's authors let the actor's decay, but offline only.
     agent.optimizer = torch.optim.Adam(weights, args.learning_rate, fused=True, capturable=on_gpu)
     if saved:
         with explain("the saved agent does not fit its flags"):
@@ -1414,7 +1417,7 @@ def load_agent(path: str, device: str = "cpu") -> Base:
 
 def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -> Callable:
     """fn itself on a CPU; on CUDA a function that launches all of fn's kernels at once."""
-    # An update is some two hundred kernels of 2 µs each, and Python needs longer to ask for one:
+    # An update is 150 kernels or more, of 2 µs each, and Python needs longer to ask for one:
     # the GPU waits, nine tenths of the time. A CUDA graph asks for all of them at once. Python's
     # numbers and branches are frozen in it: what changes is a tensor, filled in place (the buffer
     # and its size, the observation, the progress of Fig. 3).
@@ -1422,7 +1425,7 @@ def recorded(fn: Callable, device: torch.device, *generators: torch.Generator) -
         return fn
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def results():  # of one call of fn after the other
+    def results():  # of one call of fn, then of the next
         for _ in range(3):  # real calls, since what they allocate (Adam's state) has to be there
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -1482,7 +1485,7 @@ class Run(contextlib.ExitStack):
             self.checkpoint()  # so that it can be resumed from its first minute on
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.push(self.end)
-        if self.step == 0 and not self.scores:  # a loaded agent's start
+        if self.step == 0 and not self.scores:  # nothing to train offline
             self.evaluate()
 
     def end(self, kind, error, trace) -> None:
@@ -1494,8 +1497,8 @@ class Run(contextlib.ExitStack):
 
     def bar(self, phase: str, steps: range):
         """The steps that are left of a phase; in a log, a line a minute."""
-        total = {"offline": self.args.offline_steps, "online": self.args.online_steps}[phase]
-        seconds, done = 0.1 if sys.stderr.isatty() else 60.0, total - len(steps)
+        total = getattr(self.args, f"{phase}_steps")
+        done, seconds = total - len(steps), (0.1 if sys.stderr.isatty() else 60.0)
         return tqdm(steps, phase, total, initial=done, mininterval=seconds, disable=not steps)
 
     def record(self, step: int, metrics: dict, episode: dict | None = None) -> None:
@@ -1532,11 +1535,10 @@ class Run(contextlib.ExitStack):
                 tag = name if name.startswith(("eval/", "o3f/")) else f"train/{name}"
                 self.board.add_scalar(tag, value, self.step)
         path, row = self.folder / f"{table}.csv", {"step": self.step} | values
-        if table not in self.columns or not path.is_file():  # in place of a killed run's
+        if table not in self.columns or not path.is_file():  # a first row: replaces a killed run's
             self.columns[table] = list(row)
             path.write_text(",".join(row) + "\n")
-        hint = f"{table}.csv: what is logged has to be logged from the first step on"
-        with explain(hint), open(path, "a") as file:
+        with explain(f"{table}.csv: every step logs the same names"), open(path, "a") as file:
             csv.DictWriter(file, self.columns[table], lineterminator="\n").writerow(row)
 
     def evaluate(self) -> None:
@@ -1571,9 +1573,8 @@ class Run(contextlib.ExitStack):
         vars(self).update(saved["books"])
         self.saved_step, self.saved_at = self.step, time.monotonic()
         self.sums = self.sums.to(self.device)
-        start, rows = self.buffer.num_offline, saved["rows"]
-        self.buffer.rows[start : start + len(rows)] = rows
-        self.buffer.size += len(rows)
+        self.buffer.size += len(saved["rows"])
+        self.buffer.rows[self.buffer.num_offline : self.buffer.size] = saved["rows"]
         for table, text in saved["tables"].items():  # drops later rows
             (self.folder / f"{table}.csv").write_text(text)
         if self.step == self.args.online_steps:
@@ -1618,8 +1619,7 @@ def plot(folders, path) -> None:
             axes.plot(steps, scores.mean(0), ".-", label=f"{label} (seed {seeds})")
             axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
         axes.axvline(0, color="black", lw=0.8, ls=":")
-        word = {"other": "return"}.get(get_task(env_id).family, "score")
-        axes.set_ylabel(f"{env_id}: {word}")
+        axes.set_ylabel(f"{env_id}: {get_task(env_id).unit}")
         axes.legend(frameon=False, fontsize="small")
     rows[-1].set_xlabel("offline updates | environment steps, from the dotted line on")
     rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
@@ -1638,9 +1638,7 @@ def parse(argv: list[str]) -> Args:
             raise UserError(f"--{name} is empty: a variable that is not set?")
     if first.resume and given - {"resume", "dataset"}:
         raise UserError("--resume takes the run's own flags (--dataset, where the file has moved)")
-    if first.resume or first.plot:
-        return first
-    if first.dataset.startswith("minari:") and not given & {"env_id", "load"}:
+    if first.dataset.startswith("minari:") and not given & {"env_id", "load", "resume"}:
         raise UserError(f"--dataset {first.dataset}: name its environment with --env-id")
     if first.load:
         default = replace(load_saved(first.load)["args"], run_dir="", resume="", video="")
@@ -1650,7 +1648,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
-    """Load what a run starts from; refuse the first flag that makes no sense."""
+    """Load what a run starts from, choose a device; refuse the first flag that makes no sense."""
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
@@ -1666,7 +1664,7 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
             value = value.item()
         if float in types:
             types.append(int)
-        if type(value) not in types and value not in kinds:
+        if type(value) not in types and not (type(value) is str and value in kinds):
             raise UserError(f"{flag} {value!r}: give a value of {kind}")
         setattr(args, name, value)
         for low, high in [x.__metadata__ for x in kinds if hasattr(x, "__metadata__")]:
@@ -1681,11 +1679,10 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         modes = make_env(args.env_id, render_mode="rgb_array").metadata.get("render_modes", [])
         if not args.video.endswith(".gif") or "rgb_array" not in modes:
             raise UserError("--video: needs a .gif, and an environment with render mode rgb_array")
-    if args.run_dir and not args.resume:
-        # A run killed before its first checkpoint left these at most.
-        if set(glob.glob("*", root_dir=args.run_dir)) - {"config.json", "checkpoint.pt.part"}:
-            raise UserError(f"--run-dir {args.run_dir}: not empty, choose a new one")
-    if Path(args.dataset).is_file():
+    leftovers = {"config.json", "checkpoint.pt.part"}  # of a run killed before its checkpoint
+    if args.run_dir and not args.resume and set(glob.glob("*", root_dir=args.run_dir)) - leftovers:
+        raise UserError(f"--run-dir {args.run_dir}: not empty, choose a new one")
+    if args.dataset != "random" and Path(args.dataset).is_file():
         args.dataset = str(Path(args.dataset).absolute())  # for --resume from elsewhere
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: none is found, use auto")
@@ -1695,6 +1692,9 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
 
 def cli(argv: list[str]) -> int:
     """Flags in, exit code out: 0, 2 after a user's error, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # Greek
     try:
         args = parse(argv)
         if args.plot:

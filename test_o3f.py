@@ -1243,7 +1243,7 @@ def test_a_kitchen_run_without_greek(home, monkeypatch):
     for stream in streams.values():
         stream.flush()
     out, err = (stream.buffer.getvalue().decode("ascii") for stream in streams.values())
-    assert "sub-tasks ? 4" in out and "error: --env-id ?" in err
+    assert "trained on 1?r" in out and "error: --env-id ?" in err
     rows = read_table("a/evaluations.csv")
     assert [int(row["step"]) for row in rows] == [0, 3]
     assert {float(row["eval/success"]) for row in rows} <= {0.0, 1.0}
@@ -1331,7 +1331,7 @@ def test_the_readmes_notebook_runs(home, monkeypatch):
     exec(cells, names)
     assert names["action"].shape == (1, 1) and names["optimism"].shape == (1,)
     assert set(names["run"]["scores"]) == {0, 100}
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's is no file
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's has no `reconfigure`
     assert cli(LINE) == 0
 
 
@@ -1638,6 +1638,7 @@ def test_bad_flags_get_one_line(flags, home, refused, monkeypatch):
 
 
 def test_flags_from_python_become_plain(home):
+    Path("random").touch()  # no dataset
     flags = dict(sigma=np.linspace(0, 1, 3)[1], base=np.str_("iql"), run_dir="run")
     flags |= dict(dataset="random", dataset_size=60, offline_steps=np.int64(2), online_steps=2)
     flags |= dict(hidden_dim=8, batch_size=8, eval_episodes=1, layer_norm=np.True_)
@@ -1645,7 +1646,7 @@ def test_flags_from_python_become_plain(home):
     saved = o3f.load_saved("run/agent_final.pt")["args"]
     types = type(saved.sigma), type(saved.offline_steps), type(saved.layer_norm)
     assert types == (float, int, bool)
-    wrong = {"sigma": "0.2", "utd": 2.0, "layer_norm": "no", "explore": "best", "run_dir": Path()}
+    wrong = {"sigma": "0.2", "utd": 1.0, "layer_norm": "no", "explore": "best", "run_dir": Path()}
     for name, value in wrong.items():
         with pytest.raises(o3f.UserError, match=name.replace("_", "-")):
             o3f.prepare(o3f.preset("O3FLine-v0", "iql", **{name: value}))
@@ -1768,6 +1769,8 @@ def test_a_failed_download(server, refused):
     with pytest.raises(o3f.UserError, match="ant1.hdf5 cannot be downloaded"):
         find_file("antmaze-umaze-v1")
     assert server[1][-2:] == ["/main/ant1.hdf5", "/mirror/ant1.hdf5"]
+    Path("data/ant1.hdf5").touch()  # a user's, in whatever state, stays
+    assert find_file("antmaze-umaze-v1").is_file()
 
 
 # ---- Minari's datasets ---------------------------------------------------------------------------
