@@ -1164,8 +1164,7 @@ def check_columns(columns: dict, env: gym.Env) -> None:
 
 def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str, np.ndarray]:
     """Columns -> keys of Batch, near d4rl.qlearning_dataset; limit: an episode's steps."""
-    # It drops a terminal row that is also a timeout, or the last. In columns, too, terminals
-    # become true ends (a kitchen's are the rule's), timeouts all others.
+    # It drops a terminal row that is also a timeout, or the last. Sets terminals, timeouts, too.
     ends = columns["terminals"]
     if demonstrations:  # a kitchen's last rows are terminal, solved or not
         columns["timeouts"] = ends | columns.get("timeouts", False)
