@@ -1065,13 +1065,15 @@ def find_file(args: Args) -> Path:
     path, failures = cache / Path(url).name, []
     if path.is_file():
         return path
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     fetch = pooch.HTTPDownloader(timeout=10, progressbar=sys.stderr.isatty())
     for source in (url, f"{MIRROR}/{path.name}"):
         with explain(source, failures.append):
-            pooch.retrieve(source, None, path.name, cache, downloader=fetch)
-            h5py.File(path).close()
+            pooch.retrieve(source, None, part.name, cache, downloader=fetch)
+            h5py.File(part).close()
+            part.replace(path)
             return path
-        path.unlink(missing_ok=True)  # an error page, say
+        part.unlink(missing_ok=True)  # an error page, say
     way = "--dataset FILE or --dataset random (kitchens: minari:D4RL/kitchen/mixed-v2 and such)"
     raise UserError(f"{path.name} cannot be downloaded, use {way}. Tried: {'; '.join(failures)}")
 
@@ -1591,7 +1593,10 @@ def plot(folders, path) -> None:
 
     tables, panels = set(), {}  # env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        tables |= set(glob.glob(f"{folder}/**/evaluations.csv", recursive=True))  # follows links
+        found = glob.glob(f"{folder}/**/evaluations.csv", recursive=True)  # follows links
+        if not found:
+            raise UserError(f"--plot {folder}: no run with an evaluation")
+        tables |= set(found)
     for table in sorted(tables, key=os.path.getmtime):  # the oldest first
         with explain(f"--plot {table}: not of a whole run"), open(table) as file:
             args = json.loads(Path(table).with_name("config.json").read_text())
@@ -1603,7 +1608,7 @@ def plot(folders, path) -> None:
                 print(f"plot: {Path(table).parent} instead of an older run of seed {args['seed']}")
             curves[args["seed"]] = curve
     if not panels:
-        raise UserError(f"--plot {' '.join(folders)}: no run there has two evaluations yet")
+        raise UserError("--plot: no run there has two evaluations yet")
     figure = Figure(figsize=(7, 4 * len(panels)), dpi=120, layout="constrained")
     rows = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (env_id, groups) in zip(rows, panels.items()):
@@ -1651,6 +1656,8 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
+        if "tables" not in saved:
+            raise UserError(f"--resume {args.resume}: an agent is there, but no checkpoint")
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
     elif args.load:
