@@ -177,7 +177,7 @@ def expectile_loss(q: Tensor, v: Tensor, expectile: float) -> Tensor:
     # Where V is too low the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
     # the mean of Q over the data's actions, near the best of them as κ → 1.
     weight = (expectile - (q < v).to(q.dtype)).abs()
-    return (weight * F.mse_loss(v, q, reduction="none")).mean()
+    return (weight * F.mse_loss(v, q, reduction="none")).mean()  # (Q − V)² as one kernel
 
 
 def td_target(rewards, ends, next_v, gamma: float) -> Tensor:
@@ -200,7 +200,7 @@ def advantage_weights(adv: Tensor, beta: float, exp_adv_max: float) -> Tensor:
 def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """−log N(x; μ, σ²) = Σᵢ [½((x − μ)/σ)² + log σ + ½·log 2π]: (B, A) -> (B,)."""
     precision = torch.exp(-2.0 * log_std)  # 1/σ²
-    squares = F.mse_loss(mean, x, reduction="none")
+    squares = F.mse_loss(mean, x, reduction="none")  # (x − μ)² as one kernel
     return (0.5 * precision * squares + log_std + 0.5 * np.log(2.0 * np.pi)).sum(-1)
 
 
@@ -271,7 +271,7 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
-    Flags, __init__   a dataclass of flags, with standardise or an own see_dataset; networks, qf
+    Flags, __init__   flags, with standardise or an own see_dataset; networks, the critics as qf
     update(batches) -> dict   learn from this list of Batch; metrics of the last, 0-dim tensors
     act(obs, sample, generator) -> (B, A)   π's sample or deterministic action at standardised obs
     """
