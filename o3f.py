@@ -24,12 +24,12 @@ Mark, Ghadirzadeh, Chen, Finn: "Fine-Tuning Offline Policies With Optimistic Act
 Trained on an offline objective, a policy stays near its data and tries nothing new online; a new
 objective there can destroy what was learned. O3F changes only which action is tried.
 
-Notation   (s, a, r, s', d) a transition, d = 1 at a true end (a time limit is not one)
+Notation   D the data; (s, a, r, s', d) a transition, d = 1 at a true end, not a time limit
            N, σ, ω  number of candidates, their std, weight of the critics' std
            π policy, Q_j critic j of m, V state value, γ discount; Q̂, π⁻, Dec⁻ slow copies
            IQL: κ expectile (τ in its paper), β inverse temperature
            LAPO: z latent action, Dec(s, z) decoder, λ weight of the minimum over critics
-           SO2: α weight of the entropy, |A| number of an action's coordinates
+           SO2: α weight of the entropy. Shapes: B rows; O, A, Z sizes of s, a (or |A|), z
 
 Read it    1 flags, 2 networks, 3 losses, 4 the optimistic action, 5 bases, 6 buffer, both phases.
            All of the algorithm. Then 7 tasks, 8 data, 9 evaluation, 10 the run's folder.
@@ -86,11 +86,11 @@ class Args:
     base: Literal["iql", "lapo", "awac", "so2"] = "iql"  # offline algorithm that is fine-tuned
     seed: Steps = 0  # seed of four streams: learning, exploration, environment, evaluation
     # -- data --
-    dataset: str = ""  # D4RL's (*-random-v2: collected), random (collected), minari:ID or a file
+    dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random, minari:ID or a file
     dataset_size: Count = 1_000_000  # rows to collect (D4RL 1M); more = wider data
-    kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # satisfied - 4, or as D4RL pays
-    # max (LAPO's; ours for all): r / largest r, or |r|; return_range (IQL's): 1000r / (best - worst
-    # return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's, ant maze): 100r; none: r
+    kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # sub-tasks done - 4, or D4RL's
+    # max (LAPO's; ours for most): r / largest r, or |r| if none is > 0; return_range (IQL's):
+    # 1000r / (best - worst return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's): 100r; none
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
     offline_steps: Steps = 1_000_000  # updates before the first step (papers 1M; SO2 3M, AWAC 50k)
@@ -109,7 +109,7 @@ class Args:
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
     proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
-    offline_ratio: Share | None = None  # dataset's share of batches (ours; None: uniform)
+    offline_ratio: Share | None = None  # dataset's share of batches (ours; paper's None: uniform)
     # -- evaluation --
     eval_every: Count = 10_000  # steps between evaluations; more = faster, coarser
     eval_episodes: Count = 10  # episodes per evaluation; more = less noise, slower
@@ -205,7 +205,7 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def mixed_q(q: Tensor, doubleq_min: float) -> Tensor:
-    """LAPO: λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,)."""
+    """LAPO's Qmix = λ·min_j Q_j + (1 − λ)·max_j Q_j: (m, B) -> (B,)."""
     # Whoever maximises over Q finds its over-estimates; a low target stops that.
     return doubleq_min * q.amin(0) + (1.0 - doubleq_min) * q.amax(0)
 
@@ -271,7 +271,7 @@ class Batch(NamedTuple):
 class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
-    Flags, __init__   flags, with standardise or an own see_dataset; networks, the critics as qf
+    Flags, __init__   Flags with standardise, or an own see_dataset; networks, the critics as qf
     update(batches) -> dict   learn from this list of Batch; metrics of the last, 0-dim tensors
     act(obs, sample, generator) -> (B, A)   π's sample or deterministic action at standardised obs
     """
@@ -327,7 +327,7 @@ class Base(nn.Module):
 class WeightedArgs(Args):
     beta: Amount = 3.0  # β, IQL Eq. 7 (3, ant maze 10, kitchen 0.5, AWAC 1); 0 clones, more = picky
     online_beta: Amount | None = None  # β online (Fig. 3, AWAC: 10); None: unchanged
-    anneal: Literal["step", "linear"] = "step"  # β, κ get there at once, or over the online phase
+    anneal: Literal["step", "linear"] = "step"  # to online β, κ at once, or over the online phase
     exp_adv_max: Amount = 100.0  # limit of the weights exp(β·A) (100); more = single rows may rule
     normalise_adv: bool = False  # A / its std (ours; paper no), for any reward scale
     actor_dropout: Share = 0.0  # rate in updates (kitchen 0.1, else 0); more = smoother
@@ -432,8 +432,8 @@ class AWAC(Weighted):
 
     # IQL never asks about an action outside of the data; AWAC asks about the policy's, so those
     # have to be near the data from the start. Ours: two hidden layers (released: four); weights
-    # exp(β·A), limited as in IQL; its release has B·softmax(A/λ) over the batch, λ = 1/β. d3rlpy's
-    # AWAC, which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
+    # exp(β·A), limited as in IQL; its release has B·softmax(β·A) over the batch. d3rlpy's AWAC,
+    # which O3F's authors ran, has batches of 1024 and weight decay 1e-4 (actor).
     Flags = WeightedArgs
 
     def __init__(self, args: WeightedArgs, obs_dim: int, act_dim: int):
@@ -478,7 +478,7 @@ class LAPO(Base):
 
     # A conditional VAE, encoder (s, a) → z, decoder (s, z) → a, prior z ~ N(0, I), learns to
     # reproduce the data's actions, above all those that beat V. The policy chooses z, |z_i| ≤ 2,
-    # and the decoder turns it into an action: where the prior has its mass, one like the data's.
+    # and the decoder turns it into an action: like the data's, since the prior's mass is there.
     # Networks see standardised actions, too; policy() gives, q_values() takes those of the box.
     Flags = LAPOArgs
 
@@ -501,7 +501,7 @@ class LAPO(Base):
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
         set_statistics(data["observations"], self.obs_mean, self.obs_std, least=2e-6)
-        set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)  # as published
+        set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)  # std 0 is 1: ours
         self.widen(torch.as_tensor(data["rewards"], device=self.v_min.device))
 
     def standardised(self, batch: Batch) -> Batch:
@@ -555,7 +555,7 @@ class LAPO(Base):
         """One step on Q and V; batch standardised."""
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
-            # y_Q = r + γ(1 − d)·V(s'), V the online one. y_V = Qmix at a noisy action of the slow
+            # y_Q = r + γ(1 − d)·V(s'), V no slow copy. y_V = Qmix at a noisy action of the slow
             # policy at s: V is the latent policy's value, where IQL's is that of good data.
             target = td_target(rewards, ends, self.vf(next_obs).squeeze(-1), self.args.gamma)
             policy_action = self.decode(obs, self.actor_target, self.decoder_target, noisy=True)
@@ -595,8 +595,8 @@ class LAPO(Base):
         return metrics | {"adv": adv.mean(), "kl": kl.detach().mean()}
 
     def act(self, obs, sample: bool, generator=None) -> Tensor:
-        # A sample has the noise of V's targets. Through the slow decoder, as policy and V are
-        # trained: the quick one has seen neither.
+        # A sample has the noise of V's targets. Through the slow decoder: policy and V are trained
+        # with that one.
         action = self.decode(obs, self.actor, self.decoder_target, sample, generator)
         return (action * self.act_std + self.act_mean).clamp(-1.0, 1.0)
 
@@ -609,7 +609,7 @@ class LAPO(Base):
 class SO2Args(Args):
     target_noise: Amount = 0.3  # std on a' in online targets, cut at 2 std (0.3); more = smoother Q
     online_alpha: Amount = 0.2  # α online, weight of the entropy (0.2); more = a wider policy
-    standardise: bool = True  # networks see (s - mean)/std of the data (ours; paper no)
+    standardise: bool = False  # networks see (s - mean)/std of the data (paper no)
 
 
 class SO2(Base):
@@ -620,8 +620,8 @@ class SO2(Base):
     # at a next action with noise (perturbed value update), and ten updates a step. The actor keeps
     # the minimum in both phases. So O3F changes what is tried, SO2 what is learned from it.
     # Ours: o3f on top of it; 5 critics (10; hopper 50), batches of 256 (2,560), no warm-up, Adam
-    # carries on; no diversity term (EDAC); PyTorch's initial weights (EDAC: hidden biases 0.1, last
-    # layers ±3e-3, the actor's ±1e-3).
+    # carries on at 3e-4 (afresh at 1e-3); no diversity term (EDAC); PyTorch's initial weights
+    # (EDAC: hidden biases 0.1, last layers ±3e-3, the actor's ±1e-3).
     Flags = SO2Args
 
     def __init__(self, args: SO2Args, obs_dim: int, act_dim: int):
@@ -658,7 +658,7 @@ class SO2(Base):
     def update_critics(self, batch: Batch) -> dict[str, Tensor]:
         obs, actions, rewards, next_obs, ends = batch
         with torch.no_grad():
-            # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s')); offline min_j Q̂_j for all j.
+            # y_j = r + γ(1 − d)·(Q̂_j(s', a') − α·log π(a'|s')); offline min_k Q̂_k, not Q̂_j.
             next_action, log_prob = self.draw(next_obs)
             if self.online:  # Q̂_j at a' + clip(ε, ±2 std), log π still of a'
                 noise = torch.randn_like(next_action).clamp(-2.0, 2.0)
@@ -676,12 +676,12 @@ class SO2(Base):
         action, log_prob = self.draw(obs)
         # Minimise α·log π(a|s) − min_j Q_j(s, a); α grows while the entropy is below −|A|.
         loss = (self.alpha() * log_prob - self.qf(obs, action).amin(0)).mean()
-        alpha_loss = -self.log_alpha * (log_prob.detach().mean() - self.sizes[1])
+        entropy = -log_prob.detach().mean()
+        alpha_loss = self.log_alpha * (entropy + self.sizes[1])
         weights = list(self.actor.parameters())
         if not self.online:
             weights.append(self.log_alpha)
         self.descend(loss + alpha_loss, weights)
-        entropy = -log_prob.detach().mean()
         return {"losses/actor": loss.detach(), "alpha": self.alpha(), "entropy": entropy}
 
     def act(self, obs, sample: bool, generator=None) -> Tensor:
@@ -735,7 +735,7 @@ def main(args: Args) -> dict:
     generator = torch.Generator(device).manual_seed(explore_seed)
     torch.manual_seed(args.seed)  # the global stream: what learning draws, and nothing else
     env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id), stats_key="o3f")
-    data, reward_rule = load_dataset(args, task, env, saved)  # r, d to learn from
+    data, reward_rule = load_dataset(args, task, env, saved)  # rule: r, d to learn
     agent = make_agent(args, data, saved, device)
     buffer = ReplayBuffer(data, args.online_steps, device)
     judge = functools.partial(evaluate, agent, reward_rule, task, eval_seed)
@@ -766,7 +766,7 @@ def main(args: Args) -> dict:
             train_reward, end = reward_rule(obs, reward, next_obs, terminated)
             buffer.add(obs, action, train_reward, next_obs, end)
             metrics = update() | {"o3f/optimism": optimism[0]}
-            run.record(step, metrics, info.get("o3f"))  # counts run.episode
+            run.record(step, metrics, info.pop("o3f", None))  # at an episode's end
             obs = next_obs
             if terminated or truncated:
                 obs, _ = env.reset(seed=env_seed + run.episode)
@@ -803,7 +803,6 @@ class Task(NamedTuple):
     low: float = 0.0  # return that scores 0 (d4rl's infos.py)
     high: float = 100.0  # return that scores 100; by default the score is the return
     targets: tuple[str, ...] = ()  # sub-tasks of a kitchen that pay
-    unit: str = "score"
 
     def score(self, returns):  # D4RL's, of undiscounted raw rewards
         return 100.0 * (returns - self.low) / (self.high - self.low)
@@ -840,7 +839,7 @@ PRESETS = {
     "awac/kitchen": dict(reward_transform="none", proposal="mean"),
     "awac/other": dict(normalise_adv=True),
     # α is in the rewards' units, so they stay raw. As published, plain networks.
-    "so2": dict(utd=10, reward_transform="none", layer_norm=False, standardise=False),
+    "so2": dict(utd=10, reward_transform="none", layer_norm=False),
 }
 
 
@@ -848,7 +847,7 @@ def get_task(env_id: str) -> Task:
     if env_id in TASKS:
         return TASKS[env_id]
     if env_id in gym.registry or ":" in env_id:  # module:Id imports the module first
-        return Task("other", env_id, unit="return")
+        return Task("other", env_id)
     near = " or ".join(difflib.get_close_matches(env_id, [*TASKS, *gym.registry])) or "--help"
     raise UserError(f"--env-id {env_id}: there is no such task, try {near}")
 
@@ -889,9 +888,11 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         raise UserError(f"--env-id {env_id}: {wrong}")
     # Clip: rounding may leave the box by a bit. Copy (below): some reuse what they returned.
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, box.low, box.high), box)
+    env.box = box  # the environment's own
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), space)
+    env = gym.wrappers.TransformReward(env, lambda r: np.asarray(r).item())  # of (1,), or a tensor
     if env.spec is None or env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, steps)
     return env
@@ -1096,7 +1097,7 @@ def uniform_rows(env_id: str, steps) -> list[np.ndarray]:
 def collect_random(env_id: str, size: int, path: Path) -> None:
     """Write so many uniform rows, unless they are there and the environment is the same."""
     if path.is_file():
-        few, file = range(min(size, 50)), read_hdf5(path)
+        few, file = range(min(size, 1200)), read_hdf5(path)  # more than most episodes have
         first = uniform_rows(env_id, few)
         same = all(np.array_equal(x, file[name][few]) for name, x in zip(COLUMNS, first))
         if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
@@ -1104,6 +1105,8 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()  # where nothing can be written, better now than after a million rows
+    part.unlink()
     columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     with h5py.File(part, "w") as file:
         file.update(zip(COLUMNS, columns))
@@ -1254,8 +1257,9 @@ def load_dataset(args: Args, task: Task, env: gym.Env, saved: dict | None):
     print(f"rewards: trained on {scale:.4g}·r{shift:+g}")
     if targets:
         print(f"rewards: r is the number of satisfied sub-tasks - {len(targets)}")
-    box = env.unwrapped.action_space
-    if (box.high < 1).all() and (actions <= box.high).all() and (actions >= box.low).all():
+    box = env.get_wrapper_attr("box")
+    within = (actions <= box.high) & (actions >= box.low)
+    if within.all() and ((box.low > -1) | (box.high < 1)).any():
         print(f"data: are actions in ±1? None leaves the environment's own {box}")
     return data, RewardRule(scale, shift, targets)
 
@@ -1506,7 +1510,7 @@ class Run(contextlib.ExitStack):
         """After a step, what is due; episode: statistics of one that has ended."""
         args, self.step = self.args, step
         with explain(f"metrics {' '.join(metrics)}: numbers, the same in every step of a phase"):
-            values = [torch.as_tensor(x, device=self.device) for x in metrics.values()]
+            values = [torch.as_tensor(x, device=self.device).detach() for x in metrics.values()]
             self.sums = self.sums + torch.stack(values)
         self.count += 1
         if episode:
@@ -1578,8 +1582,6 @@ class Run(contextlib.ExitStack):
         self.buffer.rows[self.buffer.num_offline : self.buffer.size] = saved["rows"]
         for table, text in saved["tables"].items():  # drops later rows
             (self.folder / f"{table}.csv").write_text(text)
-        if self.step == self.args.online_steps:
-            print("run: finished before, nothing is left to do")
 
     def finish(self) -> None:
         save(self.folder / "agent_final.pt", self.agent, self.rule, self.step)
@@ -1593,7 +1595,8 @@ def plot(folders, path) -> None:
 
     tables, panels = set(), {}  # env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        found = glob.glob(f"{folder}/**/evaluations.csv", recursive=True)  # follows links
+        here = glob.escape(folder)  # glob follows links
+        found = glob.glob(f"{here}/**/evaluations.csv", recursive=True)
         if not found:
             raise UserError(f"--plot {folder}: no run with an evaluation")
         tables |= set(found)
@@ -1623,7 +1626,7 @@ def plot(folders, path) -> None:
             axes.plot(steps, scores.mean(0), ".-", label=f"{label} (seed {seeds})")
             axes.fill_between(steps, scores.min(0), scores.max(0), alpha=0.2)
         axes.axvline(0, color="black", lw=0.8, ls=":")
-        axes.set_ylabel(f"{env_id}: {get_task(env_id).unit}")
+        axes.set_ylabel(f"{env_id}: score")
         axes.legend(frameon=False, fontsize="small")
     rows[-1].set_xlabel("offline updates | environment steps, from the dotted line on")
     rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
@@ -1656,8 +1659,6 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
     saved = None
     if args.resume:
         saved = load_saved(f"{args.resume}/checkpoint.pt")
-        if "tables" not in saved:
-            raise UserError(f"--resume {args.resume}: an agent is there, but no checkpoint")
         dataset = args.dataset or saved["args"].dataset
         args = replace(saved["args"], resume=args.resume, dataset=dataset)
     elif args.load:
@@ -1668,6 +1669,8 @@ def prepare(args: Args) -> tuple[Args, torch.device, dict | None]:
         types = [getattr(x, "__origin__", x) for x in kinds]  # without the ranges
         if isinstance(value, np.generic):  # from a notebook
             value = value.item()
+        if isinstance(value, Path):
+            value = str(value)
         if float in types:
             types.append(int)
         if type(value) not in types and not (type(value) is str and value in kinds):

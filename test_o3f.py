@@ -357,9 +357,8 @@ def test_lapo_speaks_environment_units():
         z = 2 * torch.tanh(mlp(agent.actor, s)) + shift
         action = (mlp(agent.decoder_target, s, z) * act_std + act_mean).clamp(-1, 1)
         assert torch.allclose(agent.policy(raw.observations, sample, stream(4)), action, atol=1e-6)
-    agent.decoder_target[-1].bias.data.fill_(
-        50.0
-    )  # the decoder knows no box, what is executed does
+    # The decoder knows no box, what is executed does.
+    agent.decoder_target[-1].bias.data.fill_(50.0)
     assert torch.equal(agent.policy(raw.observations, False), torch.ones(32, 3).double())
 
 
@@ -530,7 +529,7 @@ def test_buffer_appends_and_samples_evenly():
 
 # ---- small environments, and what runs in them ---------------------------------------------------
 class Line(gym.Env):
-    """Counts in an array that it goes on using, after a reset to whole numbers; pays PAYS·count.
+    """Counts in an array that it reuses, as its info, from whole numbers on; pays [PAYS·count].
 
     Observed is (steps / 2, episode); every second episode truly ends at its third step.
     """
@@ -541,6 +540,7 @@ class Line(gym.Env):
         self.action_space = box or gym.spaces.Box(np.float32(low), np.float32(high), (1,))
         self.observation_space = space or gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
         self.x, self.action, self.render_mode = np.array([0.0, -1.0]), np.zeros(1), render_mode
+        self.info = {"episode": "its own"}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -552,12 +552,13 @@ class Line(gym.Env):
         self.action = action
         self.x[0] += 0.5
         end = self.x[0] == 1.5 and self.x[1] % 2 == 1
-        return self.x, self.PAYS * self.x[0], end, False, {"episode": "its own"}
+        return self.x, np.array([self.PAYS * self.x[0]]), end, False, self.info
 
 
 gym.register("O3FLine-v0", Line, max_episode_steps=6)
 gym.register("O3FEndless-v0", Line)
 gym.register("O3FNarrow-v0", Line, max_episode_steps=6, kwargs=dict(low=-0.4, high=0.4))
+gym.register("O3FThrottle-v0", Line, max_episode_steps=6, kwargs=dict(low=0, high=1))
 gym.register("O3FPendulum-v0", gym.spec("Pendulum-v1").entry_point, max_episode_steps=10)
 ODD = {  # no actions or observations to learn with
     "Whole-v0": dict(box=gym.spaces.Box(-2, 2, (1,), np.int64)),
@@ -568,6 +569,8 @@ ODD = {  # no actions or observations to learn with
 }
 for odd, kwargs in ODD.items():
     gym.register(odd, Line, kwargs=kwargs)
+BOX, DISCRETE = gym.spaces.Box(-1, 1, (1,)), ODD["Discrete-v0"]
+gym.register("O3FWrapped-v0", lambda: gym.wrappers.TransformAction(Line(**DISCRETE), int, BOX))
 
 HERE = Path(__file__).resolve().parent
 TINY = "--dataset random --dataset-size 60 --hidden-dim 8 --num-critics 2 --batch-size 8 "
@@ -715,6 +718,9 @@ def test_what_a_file_leaves_open_is_told(home, capsys):
         ("O3FLine-v0", dict(timeouts=np.zeros(60)), "60 rows, the limit is 6"),
         ("O3FNarrow-v0", dict(actions=np.full((60, 1), 0.3)), "own Box(-0.4, 0.4"),
         ("O3FNarrow-v0", dict(actions=np.full((60, 1), 0.9)), ""),
+        ("O3FThrottle-v0", dict(actions=np.full((60, 1), 0.9)), "own Box(0.0, 1.0"),
+        ("O3FThrottle-v0", dict(actions=np.full((60, 1), -0.1)), ""),
+        ("O3FWrapped-v0", {}, ""),
     ):
         load(env_id, write_hdf5("a.hdf5", **columns_of(**changes)))
         out = capsys.readouterr().out
@@ -737,7 +743,6 @@ BAD_COLUMNS = {
     "actions reach 1.049": spoilt("actions", -1.05),
     "each is a time limit": columns_of(timeouts=np.ones(60)),
     "terminals needs 0 or 1, row 3": spoilt("terminals", np.nan),
-    "timeouts needs 0 or 1, row 3": spoilt("timeouts", -1),
     "timeouts needs 0 or 1, row 0": columns_of(timeouts=None, truncations=np.full(60, 0.5)),
     "terminals needs 0 or 1, row 0": columns_of(terminals=np.array([b"False"] * 60)),
     "needs (0, 2) and a row at least": columns_of(0),
@@ -860,9 +865,8 @@ def test_collected_data_is_uniform(home, monkeypatch):
     assert raw["terminals"].sum() > 50 and raw["timeouts"].sum() == 0  # random hoppers fall
     env = o3f.make_env("hopper-random-v2").unwrapped
     assert replay_error(env, raw, range(0, 2900, 31)) < 1e-2
-    monkeypatch.setitem(
-        sys.modules, "d4rl", None
-    )  # not needed for D4RL's own files, which come first
+    # Its package is not needed for D4RL's own files, which come first.
+    monkeypatch.setitem(sys.modules, "d4rl", None)
     for official in ("hopper_random-v2.hdf5", "walker2d_medium_replay-v2.hdf5"):
         path = Path("data", official)  # as d4rl's infos.py names it
         path.write_bytes(b"")
@@ -880,6 +884,13 @@ def test_data_of_a_changed_environment(home, monkeypatch, capsys):
     o3f.collect_random("O3FLine-v0", 40, path)
     assert "collected anew" in capsys.readouterr().out
     assert o3f.read_hdf5(path)["rewards"][1] == 2.0
+    o3f.collect_random("Pendulum-v1", 300, Path("b.hdf5"))
+    monkeypatch.setattr(gym.spec("Pendulum-v1"), "max_episode_steps", 150)  # seen late
+    o3f.collect_random("Pendulum-v1", 300, Path("b.hdf5"))
+    assert o3f.read_hdf5("b.hdf5")["timeouts"].nonzero()[0].tolist() == [149, 299]
+    monkeypatch.setattr(o3f, "uniform_rows", lambda *_: pytest.fail("all of it, for nothing"))
+    with pytest.raises(OSError):
+        o3f.collect_random("O3FLine-v0", 40, Path("/proc/a.hdf5"))  # cannot be written
 
 
 @needs_shared
@@ -1237,9 +1248,8 @@ def test_a_kitchen_run_without_greek(home, monkeypatch):
     flags = "--dataset k.hdf5 --online-steps 3 --eval-every 100 --run-dir a"
     assert cli(f"--env-id kitchen-mixed-v0 {TINY} {flags}") == 0
     assert cli("--env-id Ω") == 2
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="0"):
         cli("--help")
-    assert stopped.value.code == 0
     for stream in streams.values():
         stream.flush()
     out, err = (stream.buffer.getvalue().decode("ascii") for stream in streams.values())
@@ -1277,7 +1287,10 @@ def test_rows_follow_each_other(home):
     assert seen[0].dtype == torch.float32
 
 
-def test_seeds_and_independent_streams(home):
+def test_seeds_and_independent_streams(home, monkeypatch):
+    seeds, explore = set(), o3f.explore_action
+    spy = lambda *x: seeds.add(x[3].initial_seed()) or explore(*x)  # noqa: E731
+    monkeypatch.setattr(o3f, "explore_action", spy)
     often, optimistic = "--eval-every 4 --eval-episodes 2", "--eval-action explore"
     for name, more in enumerate(("", "--seed 1", often, optimistic)):
         assert cli(QUICK + f"--run-dir {name} {more}") == 0
@@ -1286,6 +1299,8 @@ def test_seeds_and_independent_streams(home):
         assert first != other and same == [first, first]
     first, optimistic = (read_table(f"{x}/evaluations.csv")[-1] for x in (0, 3))
     assert first["eval/score"] != optimistic["eval/score"]
+    assert len(seeds) == 4 and not seeds & {0, 1}  # two --seed; exploration's and evaluation's
+    assert torch.initial_seed() == 0  # of learning
 
 
 def test_offline_one_batch_per_update(home, monkeypatch):
@@ -1332,19 +1347,6 @@ def test_the_readmes_notebook_runs(home, monkeypatch):
     assert set(names["run"]["scores"]) == {0, 100}
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's has no `reconfigure`
     assert cli(LINE) == 0
-
-
-def test_exploration_has_a_seed_of_its_own(home, monkeypatch):
-    seeds, explore = set(), o3f.explore_action
-
-    def spy(agent, obs, args, generator=None):
-        seeds.add(generator.initial_seed())
-        return explore(agent, obs, args, generator)
-
-    monkeypatch.setattr(o3f, "explore_action", spy)
-    assert cli(LINE + "--seed 3") == 0
-    assert len(seeds) == 2 and 3 not in seeds  # exploration's and evaluation's
-    assert torch.initial_seed() == 3
 
 
 # ---- killed, stopped, resumed --------------------------------------------------------------------
@@ -1434,7 +1436,6 @@ def test_resume_refuses_in_one_line(home, monkeypatch, refused):
         refused("--resume a", "checkpoint.pt: no agent")
     foreign = {
         "argument 'precision'": whole | {"args": whole["args"] | {"precision": "float32"}},
-        "but no checkpoint": {name: x for name, x in whole.items() if name != "tables"},
         "not on cpu, where the run was not": whole | {"streams": [torch.zeros(16).byte()] * 3},
     }
     for words, content in foreign.items():
@@ -1454,7 +1455,7 @@ def test_resume_from_elsewhere(home, monkeypatch, capsys, refused):
     Path("other").mkdir()
     monkeypatch.chdir("other")
     assert cli("--resume ../run") == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "; files in" in capsys.readouterr().out  # finished before
     Path("../a.hdf5").rename("moved.hdf5")
     refused("--resume ../run", "a.hdf5")
     assert cli("--resume ../run --dataset moved.hdf5") == 0
@@ -1497,8 +1498,7 @@ def test_load_brings_its_flags(home, refused, monkeypatch):
     assert changed == {"load", "online_steps", "learning_rate", "dataset", "run_dir"}
     one, two = (read_saved(f"{x}/agent_final.pt") for x in "ab")
     assert one["rule"] == two["rule"]  # its critics are in that rule's units
-    rates = [saved["optimizer"]["param_groups"][0]["lr"] for saved in (one, two)]
-    assert rates == [0.01, 0.005]
+    assert [x["optimizer"]["param_groups"][0]["lr"] for x in (one, two)] == [0.01, 0.005]
     assert [row["step"] for row in read_table("b/metrics.csv")] == ["3"]  # no offline phase
     # The same agent, evaluated where the other run switched: the same row.
     assert read_table("a/evaluations.csv")[1] == read_table("b/evaluations.csv")[0]
@@ -1586,8 +1586,12 @@ def test_a_metric_not_always_there_is_named(home, monkeypatch, refused):
 
     monkeypatch.setattr(o3f.IQL, "step", more)
     refused(LINE + "--run-dir a", "mine", "metrics")
-    monkeypatch.setattr(o3f.IQL, "step", lambda *x: step(*x) | {"mine": 2.5})  # a Python number
-    assert cli(LINE + "--run-dir b") == 0
+    undetached = torch.ones((), requires_grad=True)  # would keep every update's graph
+    mine = {"mine": 2.5, "other": undetached}  # and a Python number
+    monkeypatch.setattr(o3f.IQL, "step", lambda *x: step(*x) | mine)
+    stop(LINE + EVERY + "--run-dir b", -5, monkeypatch)
+    assert not read_saved("b/checkpoint.pt")["books"]["sums"].requires_grad
+    assert cli("--resume b") == 0
     assert {row["mine"] for row in read_table("b/metrics.csv")} == {"2.5"}
 
 
@@ -1619,7 +1623,6 @@ BAD_FLAGS = {
     "--dataset .": "no whole HDF5 file",
     "--device cuda": "use auto",
     "--resume=": "empty",
-    "--load=": "empty",
     "--plot": "empty",
     "--plot nothing": "nothing: no run with an evaluation",
     "--video a.avi": "--video: needs a .gif",
@@ -1642,14 +1645,14 @@ def test_bad_flags_get_one_line(flags, home, refused, monkeypatch):
 
 def test_flags_from_python_become_plain(home):
     Path("random").touch()  # no dataset
-    flags = dict(sigma=np.linspace(0, 1, 3)[1], base=np.str_("iql"), run_dir="run")
+    flags = dict(sigma=np.linspace(0, 1, 3)[1], base=np.str_("iql"), run_dir=Path("run"))
     flags |= dict(dataset="random", dataset_size=60, offline_steps=np.int64(2), online_steps=2)
     flags |= dict(hidden_dim=8, batch_size=8, eval_episodes=1, layer_norm=np.True_)
     o3f.main(o3f.IQLArgs("O3FLine-v0", **flags))
     saved = o3f.load_saved("run/agent_final.pt")["args"]
     types = type(saved.sigma), type(saved.offline_steps), type(saved.layer_norm)
     assert types == (float, int, bool)
-    wrong = {"sigma": "0.2", "utd": 1.0, "layer_norm": "no", "explore": "best", "run_dir": Path()}
+    wrong = {"sigma": "0.2", "utd": 1.0, "layer_norm": "no", "explore": "best", "run_dir": 3}
     for name, value in wrong.items():
         with pytest.raises(o3f.UserError, match=name.replace("_", "-")):
             o3f.prepare(o3f.preset("O3FLine-v0", "iql", **{name: value}))
@@ -1674,7 +1677,7 @@ def test_plot_has_a_panel_per_task(home, capsys, monkeypatch):
     write_run("runs/a", {-50: 0.0, 0: 20.0, 100: 50.0}, seed=0, log_every=3)
     write_run("runs/c", {0: 5.0, 50: 6.0, 100: 7.0}, explore="noise", beta=1.0)
     write_run("runs/d", {0: 5.0}, explore="policy")  # evaluated once
-    write_run("more/e", {0: -5.0, 9: -6.0}, env_id="Pendulum-v1")
+    write_run("more/e", {0: -5.0, 9: -6.0}, env_id="Gone-v1")  # no longer registered
     Path("runs/linked").symlink_to(Path("more").resolve())
     assert cli("--plot runs --plot-to p.svg") == 0
     assert Path("p.svg").read_bytes().startswith(b"<?xml")
@@ -1684,11 +1687,11 @@ def test_plot_has_a_panel_per_task(home, capsys, monkeypatch):
     assert curves["o3f, beta 3.0 (seed 0, 1)"] == [[-50, 0], [0, 15], [100, 40]]
     assert curves["noise, beta 1.0 (seed 0)"] == [[0, 5], [50, 6], [100, 7]]
     assert len([label for label in curves if label[0] != "_"]) == 2
-    assert other.get_ylabel() == "Pendulum-v1: return"
+    assert other.get_ylabel() == "Gone-v1: score"
     assert other.lines[0].get_label() == "o3f (seed 0)"
-    write_run("again", {0: 1.0, 100: 2.0}, seed=1)  # newer
-    assert cli("--plot runs again") == 0
-    assert "again instead of an older run of seed 1" in capsys.readouterr().out
+    write_run("again[1]", {0: 1.0, 100: 2.0}, seed=1)  # newer
+    assert cli("--plot runs again[1]") == 0
+    assert "again[1] instead of an older run of seed 1" in capsys.readouterr().out
 
 
 def test_plot_refuses_in_one_line(home, refused):
@@ -1775,8 +1778,6 @@ def test_a_failed_download(server, refused):
 
 
 # ---- Minari's datasets ---------------------------------------------------------------------------
-
-
 def write_minari(name, env_spec, action_space, observation_space, episodes):
     """Minari's format on disk, as its package 0.5 writes it (that needs jax)."""
     from minari.serialization import serialize_space
@@ -1790,11 +1791,10 @@ def write_minari(name, env_spec, action_space, observation_space, episodes):
             group.create_group("infos")
             for path, values in episode.items():
                 group[path] = values
-    about = dict(total_episodes=len(episodes), data_format="hdf5", jpeg_encoding=True)
-    about |= dict(total_steps=sum(len(episode["rewards"]) for episode in episodes))
+    about = dict(total_steps=sum(len(x["rewards"]) for x in episodes), data_format="hdf5")
+    about |= dict(total_episodes=len(episodes), jpeg_encoding=True, env_spec=env_spec.to_json())
     about |= dict(observation_space=serialize_space(observation_space), dataset_id=name)
     about |= dict(action_space=serialize_space(action_space), minari_version="0.5.3")
-    about |= dict(env_spec=env_spec.to_json())
     (folder / "metadata.json").write_text(json.dumps(about))
 
 
