@@ -1164,12 +1164,12 @@ def check_columns(columns: dict, env: gym.Env) -> None:
         columns[name] = column.astype(kind)
     peak = np.abs(columns["actions"]).max()
     if peak > 1 + 1e-6:
-        raise ValueError(f"actions reach {peak:.9g}, expected within ±1")
+        raise ValueError(f"actions reach {peak:.9g}, expected ±1, the box scaled to it")
 
 
 def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str, np.ndarray]:
     """Columns -> keys of Batch, near d4rl.qlearning_dataset; limit: an episode's steps."""
-    # It drops a terminal row that is also a timeout, or the last. Sets terminals, timeouts, too.
+    # Ours keeps a terminal row that is also a timeout, or the last. Sets the columns' ends, too.
     ends = columns["terminals"]
     if demonstrations:  # a kitchen's last rows are terminal, solved or not
         columns["timeouts"] = ends | columns.get("timeouts", False)
@@ -1178,7 +1178,7 @@ def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str,
         rows = np.arange(len(ends))
         starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
         columns["timeouts"] = (rows - starts) % limit == limit - 1
-        print(f"data: there are no timeouts, so a time limit is taken every {limit} steps")
+        print(f"data: no timeouts, one is taken every {limit} rows; other resets go unnoticed")
     columns["timeouts"] &= ~ends
     # s' is the next row's observation; a row at a time limit has none and goes, as the last.
     # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
@@ -1632,7 +1632,7 @@ def plot(folders, path) -> None:
     rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
     with explain(f"--plot-to {path}: cannot be drawn"):
         figure.savefig(path)
-    print(f"plot: {path}")
+    print(f"plot: {path}, of {len(tables)} runs those with two evaluations or more")
 
 
 def parse(argv: list[str]) -> Args:
