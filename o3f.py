@@ -1056,7 +1056,8 @@ def find_file(args: Args) -> Path:
         return official
     if args.dataset == "random" or name.endswith("-random-v2"):
         path = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
-        collect_random(args.env_id, args.dataset_size, path)
+        if not (args.resume and path.is_file()):  # else its checksum decides
+            collect_random(args.env_id, args.dataset_size, path)
         return path
     if get_task(args.env_id).family == "other":
         raise UserError("this task has no file: --dataset FILE or --dataset random")
