@@ -177,7 +177,7 @@ def expectile_loss(q: Tensor, v: Tensor, expectile: float) -> Tensor:
     # Where V is too low the pull up weighs κ, where too high 1 − κ. For κ > 0.5, V settles above
     # the mean of Q over the data's actions, near the best of them as κ → 1.
     weight = (expectile - (q < v).to(q.dtype)).abs()
-    return (weight * F.mse_loss(v, q, reduction="none")).mean()  # (Q − V)² as one kernel
+    return (weight * F.mse_loss(v, q, reduction="none")).mean()  # mse_loss: one kernel
 
 
 def td_target(rewards, ends, next_v, gamma: float) -> Tensor:
@@ -501,7 +501,7 @@ class LAPO(Base):
 
     def see_dataset(self, data: dict[str, np.ndarray]) -> None:
         set_statistics(data["observations"], self.obs_mean, self.obs_std, least=2e-6)
-        set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)  # std 0 is 1: ours
+        set_statistics(data["actions"], self.act_mean, self.act_std, least=2e-6)
         self.widen(torch.as_tensor(data["rewards"], device=self.v_min.device))
 
     def standardised(self, batch: Batch) -> Batch:
@@ -888,7 +888,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         raise UserError(f"--env-id {env_id}: {wrong}")
     # Clip: rounding may leave the box by a bit. Copy (below): some reuse what they returned.
     env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, box.low, box.high), box)
-    env.box = box  # the environment's own
+    env.box = box  # its own
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     space = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), space)
@@ -1098,7 +1098,7 @@ def uniform_rows(env_id: str, steps) -> list[np.ndarray]:
 def collect_random(env_id: str, size: int, path: Path) -> None:
     """Write so many uniform rows, unless they are there and the environment is the same."""
     if path.is_file():
-        few, file = range(min(size, 1200)), read_hdf5(path)  # more than most episodes have
+        few, file = range(min(size, 1200)), read_hdf5(path)  # beyond most episodes
         first = uniform_rows(env_id, few)
         same = all(np.array_equal(x, file[name][few]) for name, x in zip(COLUMNS, first))
         if same or not all(map(np.array_equal, first, uniform_rows(env_id, few))):
@@ -1106,7 +1106,7 @@ def collect_random(env_id: str, size: int, path: Path) -> None:
         print(f"data: {path.name} is of another version of {env_id}, collected anew")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()  # where nothing can be written, better now than after a million rows
+    part.touch()  # fails here, not after a million rows
     part.unlink()
     columns = uniform_rows(env_id, tqdm(range(size), f"collecting {env_id}", mininterval=2))
     with h5py.File(part, "w") as file:
@@ -1165,7 +1165,7 @@ def check_columns(columns: dict, env: gym.Env) -> None:
         columns[name] = column.astype(kind)
     peak = np.abs(columns["actions"]).max()
     if peak > 1 + 1e-6:
-        raise ValueError(f"actions reach {peak:.9g}, expected ±1, the box scaled to it")
+        raise ValueError(f"actions reach {peak:.9g}, scale the box to ±1")
 
 
 def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str, np.ndarray]:
@@ -1179,7 +1179,7 @@ def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str,
         rows = np.arange(len(ends))
         starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), rows, 0))
         columns["timeouts"] = (rows - starts) % limit == limit - 1
-        print(f"data: no timeouts, one is taken every {limit} rows; other resets go unnoticed")
+        print(f"data: no timeouts, one is taken every {limit} rows; other resets are not seen")
     columns["timeouts"] &= ~ends
     # s' is the next row's observation; a row at a time limit has none and goes, as the last.
     # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
@@ -1571,8 +1571,8 @@ class Run(contextlib.ExitStack):
         self.saved_at = time.monotonic()
 
     def restore(self, saved: dict) -> None:
-        if saved["checksum"] != self.checksum:
-            raise UserError("--resume: the dataset has changed, put it back")
+        if saved.get("checksum") != self.checksum:  # an agent's file has none
+            raise UserError("--resume: the dataset has changed, or this is no checkpoint")
         with explain(f"--resume: not on {self.device}, where the run was not; --load its agent"):
             for stream, state in zip(self.streams, saved["streams"], strict=True):
                 stream.set_state(state)
@@ -1596,7 +1596,7 @@ def plot(folders, path) -> None:
 
     tables, panels = set(), {}  # env_id -> configuration -> seed -> {step: score}
     for folder in folders:
-        here = glob.escape(folder)  # glob follows links
+        here = glob.escape(os.path.normpath(folder))  # glob follows links
         found = glob.glob(f"{here}/**/evaluations.csv", recursive=True)
         if not found:
             raise UserError(f"--plot {folder}: no run with an evaluation")
@@ -1633,7 +1633,7 @@ def plot(folders, path) -> None:
     rows[0].set_title("line: mean over seeds; band: lowest to highest seed", fontsize="small")
     with explain(f"--plot-to {path}: cannot be drawn"):
         figure.savefig(path)
-    print(f"plot: {path}, of {len(tables)} runs those with two evaluations or more")
+    print(f"plot: {path}; runs with one evaluation are not drawn")
 
 
 def parse(argv: list[str]) -> Args:
