@@ -14,13 +14,13 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import filelock
 import gymnasium as gym
@@ -1362,7 +1362,7 @@ def kill_when(line: str, table: str, step: int) -> None:
         time.sleep(0.003)
     process.kill()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, err
+    assert process.returncode == -9, err  # SIGKILL
 
 
 def test_a_killed_run_resumes_exactly(home):
@@ -1392,11 +1392,10 @@ def test_a_run_stopped_at_once_resumes(home, monkeypatch, capsys):
         Path("b", name).write_text("")
     assert cli(QUICK + "--run-dir b") == 0
     same_run("whole", "b")
-    # A loaded agent's run starts at 0.
     loading = "--load whole/agent_offline.pt --run-dir "
     assert cli(loading + "loaded") == 0
     stop(loading + "c", 6, monkeypatch)
-    assert read_saved("c/checkpoint.pt")["step"] == 0
+    assert read_saved("c/checkpoint.pt")["step"] == 0  # where a loaded agent's run starts
     assert cli("--resume c") == 0
     same_run("loaded", "c")
 
@@ -1914,6 +1913,8 @@ RECORDED = {
     "lapo": "--utd 2 --offline-ratio 0.5",
     "so2": "--utd 2 --omega 1",
 }
+RUNS = [f"--base {base} {RECORDED.get(base, '')}" for base in o3f.BASES]  # a fork's, too
+EXPLORE = get_args(get_type_hints(o3f.Args)["explore"])
 
 
 class Tape(TorchDispatchMode):
@@ -1952,12 +1953,12 @@ def taped(fn, device, *generators):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-@pytest.mark.parametrize("base", RECORDED)
-def test_recorded_runs_are_the_eager_ones_and_resume(base, device, home, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", RUNS + [f"--explore {x}" for x in EXPLORE])
+def test_recorded_runs_are_the_eager_ones_and_resume(flags, device, home, monkeypatch, capsys):
     """Bit by bit on a GPU too: the same kernels in the same order, at the same Philox offsets."""
     if device == "cpu":
         monkeypatch.setattr(o3f, "recorded", taped)
-    line = f"{QUICK}--base {base} {RECORDED[base]} --device {device} --run-dir "
+    line = f"{QUICK}{flags} --device {device} --run-dir "
     assert cli(line + "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(o3f, "recorded", lambda fn, *_: fn)
@@ -1972,20 +1973,19 @@ def test_recorded_runs_are_the_eager_ones_and_resume(base, device, home, monkeyp
     same_run("whole", "a")
 
 
-@pytest.mark.parametrize("base", RECORDED)
-def test_what_is_recorded_meets_no_other_device(base, monkeypatch):
-    """`meta` for a GPU: its tensors have no values to read; one of the CPU would be on the tape."""
-    descend = lambda self, loss, weights: loss.backward(inputs=list(weights))  # noqa: E731
-    monkeypatch.setattr(o3f.Base, "descend", descend)  # Adam knows no meta
-    args = o3f.parse(f"{QUICK}--base {base} {RECORDED[base]}".split())
-    meta = torch.device("meta")
-    agent = o3f.BASES[base](args, 7, 3).to(meta)
+@pytest.mark.parametrize("flags", RUNS)
+def test_what_is_recorded_meets_no_other_device(flags, monkeypatch):
+    """`meta` for a GPU (Adam knows none): no value to read; a tensor of the CPU shows on the tape."""
+    monkeypatch.setattr(o3f.Base, "descend", lambda _, loss, x: loss.backward(inputs=list(x)))
+    args, meta = o3f.parse(f"{QUICK}{flags}".split()), torch.device("meta")
+    agent = o3f.BASES[args.base](args, 7, 3).to(meta)
     agent.see_dataset(made_data())
     buffer, tape = o3f.ReplayBuffer(made_data(), 1, meta), Tape()
     for agent.online, ratio in ((False, None), (True, 0.5)):
         with tape:
             agent.update(buffer.sample(16, 2, ratio))
-            o3f.explore_action(agent, torch.zeros(1, 7, device=meta), args)
+            for args.explore in EXPLORE:
+                o3f.explore_action(agent, torch.zeros(1, 7, device=meta), args)
     found = [x.device.type for x in tree_leaves(tape.calls) if isinstance(x, torch.Tensor)]
     assert set(found) == {"meta"} and len(found) > 1000
 
