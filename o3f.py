@@ -89,7 +89,7 @@ class Args:
     dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random, minari:ID or a file
     dataset_size: Count = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # sub-tasks done - 4, or D4RL's
-    # max (LAPO's; ours for most): r / largest r, or |r| if none is > 0; return_range (IQL's):
+    # max (LAPO's; ours for most): r / largest r, or |r| where that is tiny; return_range (IQL's):
     # 1000r / (best - worst return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's): 100r; none
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
@@ -105,7 +105,7 @@ class Args:
     # -- online --
     explore: Literal["o3f", "noise", "policy"] = "o3f"  # best of N; a + N(0, σ²); a itself
     num_candidates: Count = 100  # N, actions to choose from (paper 100); more = greedier
-    sigma: Amount = 0.2  # candidates' std (0.2; ant maze, kitchen 0.05; 0.01 ours); more = bolder
+    sigma: Amount = 0.2  # candidates' std (0.2; ant maze, kitchen 0.05, IQL's 0.01); more = bolder
     omega: Annotated[float, -1e9, 1e9] = 0.0  # weight of the critics' std (paper 0); more = curious
     proposal: Literal["sample", "mean"] = "sample"  # a, the middle of candidates (Alg. 1: a sample)
     utd: Count = 1  # updates per step (IQL 1, critics of LAPO 20, of SO2 10); more = learns faster
@@ -124,7 +124,7 @@ class Args:
     compile: bool = False  # torch.compile: a minute at start, a quarter faster on a GPU
     plot: tuple[str, ...] = ()  # folders: draw these runs, or all in them, and train nothing
     plot_to: str = "plot.png"  # file of that figure; any format that matplotlib knows
-    video: str = ""  # a .gif: at the end film the policy beside what --explore does
+    video: str = ""  # a .gif: at the end film π's mean, and beside it --explore around the mean
 
 
 # ==== 2. Networks ====
@@ -272,14 +272,15 @@ class Base(nn.Module):
     """What the offline algorithms share. Each has to define:
 
     Flags, __init__   Flags with standardise, or an own see_dataset; networks, the critics as qf
-    update(batches) -> dict   learn from this list of Batch; metrics of the last, 0-dim tensors
+    update(batches) -> dict   learn from this list of raw Batch; the last's metrics, 0-dim tensors
     act(obs, sample, generator) -> (B, A)   π's sample or deterministic action at standardised obs
     """
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int):
         super().__init__()
         self.args, self.sizes = args, (obs_dim, act_dim)
-        # What a base remembers is a buffer or a parameter: those are saved with it.
+        # What a base remembers is a buffer or a parameter, changed in place: those are saved,
+        # and move in a recorded update (§10), where Python's numbers are frozen.
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         # Set by main, not saved: is this the online phase, and which share of it is over?
@@ -360,7 +361,7 @@ class Weighted(Base):
         return (1 - share) * offline + share * online
 
     def imitate(self, obs, actions, adv) -> tuple[Tensor, dict]:
-        """Actor: −min(exp(β·A), limit)·log π(a|s) (IQL Eq. 7); A (B,) -> its loss, metrics."""
+        """Actor: −min(exp(β·A), limit)·log π(a|s) (IQL Eq. 7); adv (B,) -> its loss, metrics."""
         args = self.args
         if args.normalise_adv:  # scaled, not centred: the sign of A has a meaning
             adv = adv / (adv.std(correction=0) + 1e-6)
@@ -827,7 +828,7 @@ for version in ("v1", "v2"):  # v0 lacks time limits, or has wrong ones
 PRESETS = {
     "antmaze": dict(sigma=0.05),
     "kitchen": dict(sigma=0.05),
-    # Measured on halfcheetah: from a million rows, uniform batches learn nothing of what is found.
+    # Measured on halfcheetah: uniform batches hardly see what is found, a row in a million.
     "iql/random": dict(normalise_adv=True, offline_ratio=0.5),
     "iql/antmaze": dict(expectile=0.9, beta=10.0, reward_transform="minus_one"),
     # Measured: samples score half as much as the mean; with σ 0.02 the optimistic action, too.
@@ -1185,7 +1186,7 @@ def to_transitions(columns: dict, limit: int, demonstrations: bool) -> dict[str,
         columns["timeouts"] = (rows - starts) % limit == limit - 1
         print(f"data: no timeouts, one is taken every {limit} rows; other resets are not seen")
     columns["timeouts"] &= ~ends
-    # s' is the next row's observation; a row at a time limit has none and goes, as the last.
+    # s' is the next row's observation, unless given; rows at a time limit go, as the last.
     # After a terminal it is another episode's, but 1 − d = 0 takes it out: such rows stay.
     columns = {"next_observations": np.roll(columns["observations"], -1, 0)} | columns
     columns["terminations"] = ends
@@ -1420,7 +1421,7 @@ def load_saved(path) -> dict:
 
 
 def load_agent(path: str, device: str = "cpu") -> Base:
-    """To act with: load_agent(path).policy(obs, sample=False)."""
+    """To act in a make_env(id), actions in ±1: load_agent(path).policy(obs, sample=False)."""
     saved = load_saved(path)
     return make_agent(replace(saved["args"], compile=False), None, saved, torch.device(device))
 
