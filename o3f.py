@@ -89,7 +89,7 @@ class Args:
     dataset: str = ""  # empty: D4RL's (*-random-v2: collected); random, minari:ID or a file
     dataset_size: Count = 1_000_000  # rows to collect (D4RL 1M); more = wider data
     kitchen_rewards: Literal["consistent", "stock"] = "consistent"  # sub-tasks done - 4, or D4RL's
-    # max (LAPO's; ours for most): r / largest r, or |r| where that is tiny; return_range (IQL's):
+    # max (LAPO's; ours for most): r / largest r, or |r| if r is hardly > 0; return_range (IQL's):
     # 1000r / (best - worst return); minus_one (IQL's, ant maze): r - 1; x100 (LAPO's): 100r; none
     reward_transform: Literal["none", "return_range", "max", "minus_one", "x100"] = "max"
     # -- both phases --
@@ -1061,7 +1061,7 @@ def find_file(args: Args) -> Path:
         return official
     if args.dataset == "random" or name.endswith("-random-v2"):
         path = cache / f"{name}.collected-uniform-{args.dataset_size}.hdf5"
-        if not (args.resume and path.is_file()):  # else its checksum decides
+        if not (args.resume and path.is_file()):  # a stopped run's checksum decides
             collect_random(args.env_id, args.dataset_size, path)
         return path
     if get_task(args.env_id).family == "other":
